@@ -1,0 +1,371 @@
+"""InternLM's own checkpoint folders: `model_tp{t}_pp{p}.pt` and what lies beside them.
+
+Reads weights of any tensor and pipeline size into whole parameters under their logical names, one parameter at a
+time, and writes them again for any layout. The opening of `.pt` files is `unpickle`'s; names and shapes are the
+blueprint's. Optimizer files are not read in this version.
+
+Layer numbers start at 0 in every stage and chunk; with several chunks the names begin with `{chunk}.model.`. The
+global number counts chunk by chunk, within a chunk stage by stage.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from internlm_ds.arch.spec import ModelArch, ParamSpec
+from internlm_ds.checkpoint import unpickle
+from internlm_ds.checkpoint.unpickle import LazyTensor
+from internlm_ds.errors import CheckpointError, ConversionError
+from internlm_ds.layout.stages import partition_uniform
+
+log = logging.getLogger(__name__)
+
+MODEL_FILE = re.compile(r"model_tp(\d+)_pp(\d+)\.pt$")
+STEP_FILE = re.compile(r"(\d+)\.step$")
+MLP_NAMES = ("2023", "2024")
+_NAME = re.compile(r"(?:(\d+)\.)?(?:model\.)?(?:(blocks|layers)\.(\d+)\.)?(.+)$")
+EMBEDDING_SPLIT = {"embedding.weight": 1, "embedding.word_embeddings.weight": 0}
+EMBEDDINGS = dict(zip(EMBEDDING_SPLIT, reversed(EMBEDDING_SPLIT), strict=True))
+_MLP_2023 = {"mlp.w2.weight": "mlp.w3.weight", "mlp.w3.weight": "mlp.w2.weight"}
+
+
+@dataclass(frozen=True)
+class _Key:
+    """A name in a file: chunk, layer within stage and chunk (None outside blocks), the rest."""
+
+    chunk: int
+    layer: int | None
+    rest: str
+
+    @classmethod
+    def parse(cls, name: str) -> _Key:
+        chunk, _, layer, rest = _NAME.match(name).groups()
+        return cls(int(chunk or 0), None if layer is None else int(layer), rest)
+
+
+def read_weights(folder: str | Path, *, arch: ModelArch, mlp_names: str | None = None) -> Mapping[str, torch.Tensor]:
+    """The weights of an InternLM checkpoint, merged over tensor and pipeline ranks, by logical name.
+
+    Args:
+        folder: Holds `model_tp{t}_pp{p}.pt` for every t and p.
+        arch: What is to be loaded into.
+        mlp_names: Meaning of w2 and w3: "2023" (w3 is the row matrix), "2024" (w2 is) or None, told by their shapes.
+    Returns:
+        A mapping that reads each parameter when it is asked for.
+    Raises:
+        CheckpointError: No such files, files of some ranks missing, or parameters that are missing, extra or of
+            another shape (all of them listed).
+    """
+    folder = Path(folder)
+    files = find_model_files(folder)
+    _check_model_config(folder, arch=arch)
+    shards = _collect(files)
+    tensor_size = 1 + max(rank for rank, _ in files)
+    if _mlp_names(shards, folder=folder, asked=mlp_names) == "2023":
+        shards = {_exchange(name): tensors for name, tensors in shards.items()}
+    sources = _with_aliases(shards, arch)
+    problems = _compare(shards, sources, arch=arch, tensor_size=tensor_size)
+    if problems:
+        count = f"{len(problems)} parameter{'s' if len(problems) > 1 else ''}"
+        raise CheckpointError(f"{folder} does not fit the model ({count}):\n  " + "\n  ".join(problems))
+    return _Weights(sources)
+
+
+def find_model_files(folder: Path) -> dict[tuple[int, int], Path]:
+    """`(tensor rank, stage)` to file.
+
+    Raises:
+        CheckpointError: The folder does not exist, holds no such file, or those of some ranks are missing.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} does not exist or is no folder")
+    found = {
+        (int(m[1]), int(m[2])): path for path in sorted(folder.iterdir()) if (m := MODEL_FILE.fullmatch(path.name))
+    }
+    if not found:
+        raise CheckpointError(
+            f"{folder} is no InternLM checkpoint: it has no model_tp0_pp0.pt; {_what_lies_there(folder)}"
+        )
+    tensor, pipe = (max(key[axis] for key in found) + 1 for axis in (0, 1))
+    missing = [f"model_tp{t}_pp{p}.pt" for p in range(pipe) for t in range(tensor) if (t, p) not in found]
+    if missing:
+        raise CheckpointError(
+            f"{folder} is incomplete: its files are of {tensor} tensor ranks and {pipe} stages, without "
+            f"{', '.join(missing)}"
+        )
+    return found
+
+
+def _what_lies_there(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    return f"it holds {', '.join(names[:5])}{', …' if len(names) > 5 else ''}" if names else "it is empty"
+
+
+def _check_model_config(folder: Path, *, arch: ModelArch) -> None:
+    """`model_config.pt`, where there is one, must speak of the same model; files of the weights tell the rest."""
+    stored = read_model_config(folder)
+    kind = stored.get("model_type")
+    if kind is not None and arch.family == "internlm" and kind != "INTERNLM":
+        raise CheckpointError(f"{folder / 'model_config.pt'}: model_type is {kind!r}; to be loaded is 'INTERNLM'")
+    expected = {
+        "hidden_size": arch.hidden_size,
+        "num_attention_heads": arch.num_attention_heads,
+        "num_layers": arch.num_layers,
+        "vocab_size": arch.vocab_size,
+    }
+    wrong = [f"{k} is {stored[k]}, the model has {v}" for k, v in expected.items() if k in stored and stored[k] != v]
+    if wrong:
+        raise CheckpointError(f"{folder / 'model_config.pt'} is of another model: " + "; ".join(wrong))
+
+
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """The `model` dict of the run that wrote the checkpoint, {} where it was not stored."""
+    path = folder / "model_config.pt"
+    if not path.exists():
+        return {}
+    stored = unpickle.load(path, lazy=True)
+    if not isinstance(stored, dict):
+        raise CheckpointError(f"{path}: a dict was expected, found {type(stored).__name__}")
+    return stored
+
+
+def _collect(files: dict[tuple[int, int], Path]) -> dict[str, list[LazyTensor]]:
+    """Logical name to the shards of all tensor ranks, in rank order (fewer where only some hold it)."""
+    pipe = max(p for _, p in files) + 1
+    states = {key: _read_state(path) for key, path in sorted(files.items())}
+    first_layer = _first_layers(states, pipe=pipe)
+    shards: dict[str, list[LazyTensor]] = defaultdict(list)
+    for (_, stage), state in states.items():
+        for name, tensor in state.items():
+            key = _Key.parse(name)
+            logical = (
+                key.rest if key.layer is None else f"blocks.{first_layer[key.chunk, stage] + key.layer}.{key.rest}"
+            )
+            shards[logical].append(tensor)
+    return dict(shards)
+
+
+def _read_state(path: Path) -> dict[str, LazyTensor]:
+    state = unpickle.load(path, lazy=True)
+    if not isinstance(state, dict) or not all(isinstance(tensor, LazyTensor) for tensor in state.values()):
+        raise CheckpointError(f"{path} is no state dict: names with tensors were expected")
+    return {name: tensor for name, tensor in state.items() if not name.endswith("inv_freq")}
+
+
+def _first_layers(
+    states: Mapping[tuple[int, int], Mapping[str, LazyTensor]], *, pipe: int
+) -> dict[tuple[int, int], int]:
+    """`(chunk, stage)` to the global number of its first layer, from what tensor rank 0's files hold."""
+    counts: dict[tuple[int, int], int] = defaultdict(int)
+    for (tensor, stage), state in states.items():
+        for name in state if tensor == 0 else ():
+            key = _Key.parse(name)
+            if key.layer is not None:
+                counts[key.chunk, stage] = max(counts[key.chunk, stage], key.layer + 1)
+    chunks = 1 + max((chunk for chunk, _ in counts), default=0)
+    first, total = {}, 0
+    for chunk in range(chunks):
+        for stage in range(pipe):
+            first[chunk, stage] = total
+            total += counts[chunk, stage]
+    return first
+
+
+def _mlp_names(shards: Mapping[str, list[LazyTensor]], *, folder: Path, asked: str | None) -> str:
+    """Which of w2 and w3 is the row matrix: "2024" says w2, "2023" says w3. w1 is a column matrix in both."""
+    first = {n: shards[key][0].shape for n in ("w1", "w2", "w3") if (key := f"blocks.0.mlp.{n}.weight") in shards}
+    if len(first) < 3:
+        return "2024"
+    found = None
+    if first["w2"] != first["w3"]:
+        found = "2024" if first["w3"] == first["w1"] else "2023"
+    shapes = ", ".join(f"{n} {list(shape)}" for n, shape in first.items())
+    if found and asked and found != asked:
+        raise CheckpointError(
+            f"{folder}: compat.mlp_names is {asked!r}, but the files have {shapes}: that is {found!r}"
+        )
+    if not found and asked is None:
+        raise CheckpointError(
+            f"{folder}: the shapes of w2 and w3 do not tell whether they are named as in 2023 (w3 maps back "
+            f"to the hidden size) or as in 2024 (w2 does): {shapes}. Say which: "
+            'internlm_ds = dict(compat=dict(mlp_names="2024"))'
+        )
+    names = found or asked
+    if names == "2023":
+        log.info("%s names its MLP matrices as in 2023 (%s): w2 and w3 are exchanged", folder, shapes)
+    return names
+
+
+def _exchange(name: str) -> str:
+    for old, new in _MLP_2023.items():
+        if name.endswith("." + old):
+            return name.removesuffix(old) + new
+    return name
+
+
+class _Weights(Mapping[str, torch.Tensor]):
+    """Merges a parameter's shards when it is asked for, so that one parameter at a time is in memory."""
+
+    def __init__(self, sources: Mapping[str, tuple[ParamSpec, list[LazyTensor]]]):
+        self._sources = sources
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        spec, shards = self._sources[name]
+        return merge([shard.load() for shard in shards], spec)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._sources[name][1][0].dtype
+
+
+def merge(shards: list[torch.Tensor], spec: ParamSpec) -> torch.Tensor:
+    """The whole parameter from its shards in tensor-rank order; replicas are taken from rank 0."""
+    if spec.split_dim is None or len(shards) == 1:
+        return shards[0]
+    dim, whole = spec.split_dim, list(spec.shape)
+    # every shard holds its slice of each part, [q_r; k_r; v_r] for example
+    pieces = [shard.unflatten(dim, (spec.parts, -1)) for shard in shards]
+    return torch.cat(pieces, dim=dim + 1).reshape(whole)
+
+
+def split(tensor: torch.Tensor, spec: ParamSpec, *, tensor_size: int) -> list[torch.Tensor | None]:
+    """What each tensor rank holds of a whole parameter; None where that is nothing. Inverse of `merge`."""
+    if spec.on_first_tensor_rank_only:
+        return [tensor, *[None] * (tensor_size - 1)]
+    if spec.split_dim is None:
+        return [tensor] * tensor_size
+    dim = spec.split_dim
+    pieces = tensor.unflatten(dim, (spec.parts, -1)).chunk(tensor_size, dim=dim + 1)
+    return [piece.flatten(dim, dim + 1).contiguous() for piece in pieces]
+
+
+def _with_aliases(
+    shards: dict[str, list[LazyTensor]], arch: ModelArch
+) -> dict[str, tuple[ParamSpec, list[LazyTensor]]]:
+    """Blueprint name to the spec as the files split it, and its shards.
+
+    An embedding has one of two names, each with its own way to be split; whole, they are the same matrix.
+    """
+    sources = {}
+    for spec in arch.iter_params():
+        if spec.name in shards:
+            sources[spec.name] = (spec, shards[spec.name])
+        elif (other := EMBEDDINGS.get(spec.name)) in shards:
+            sources[spec.name] = (replace(spec, split_dim=EMBEDDING_SPLIT[other]), shards[other])
+    return sources
+
+
+def _compare(
+    shards: Mapping[str, list[LazyTensor]],
+    sources: Mapping[str, tuple[ParamSpec, list[LazyTensor]]],
+    *,
+    arch: ModelArch,
+    tensor_size: int,
+) -> list[str]:
+    """Parameters that are missing, extra or of another shape."""
+    problems = [f"{spec.name} {list(spec.shape)}: missing" for spec in arch.iter_params() if spec.name not in sources]
+    used = {id(held) for _, held in sources.values()}
+    problems += [
+        f"{name} {list(held[0].shape)}: the model has no such parameter"
+        for name, held in shards.items()
+        if id(held) not in used
+    ]
+    for spec, held in sources.values():
+        wanted = _local_shape(spec, tensor_size=tensor_size)
+        count = 1 if spec.on_first_tensor_rank_only else tensor_size
+        found = sorted({shard.shape for shard in held})
+        if found != [wanted]:
+            shown = " and ".join(str(list(shape)) for shape in found)
+            share = f", that is {list(wanted)} on each of {tensor_size} tensor ranks" if wanted != spec.shape else ""
+            problems.append(f"{spec.name}: shape {shown} in the files, the model has {list(spec.shape)}{share}")
+        elif len(held) < count:
+            problems.append(f"{spec.name}: held by {len(held)} of {tensor_size} tensor ranks")
+    return problems
+
+
+def _local_shape(spec: ParamSpec, *, tensor_size: int) -> tuple[int, ...]:
+    if spec.split_dim is None:
+        return tuple(spec.shape)
+    return tuple(size // tensor_size if dim == spec.split_dim else size for dim, size in enumerate(spec.shape))
+
+
+def write_weights(
+    folder: Path,
+    weights: Mapping[str, torch.Tensor],
+    *,
+    arch: ModelArch,
+    tensor_size: int = 1,
+    pipe: int = 1,
+    chunks: int = 1,
+    dtype: torch.dtype | None = None,
+    model_config: Mapping[str, Any] | None = None,
+) -> None:
+    """Write `model_tp{t}_pp{p}.pt`, `topo_tp{t}_pp{p}.json` and `model_config.pt` (a plain dict) into a folder.
+
+    Raises:
+        ConversionError: The model cannot be split that way; all reasons are listed.
+    """
+    check_split(arch, tensor_size=tensor_size, pipe=pipe, chunks=chunks)
+    ranges = partition_uniform(arch.num_layers, pipe=pipe, chunks=chunks)
+    for stage in range(pipe):
+        files: list[OrderedDict[str, torch.Tensor]] = [OrderedDict() for _ in range(tensor_size)]
+        for local, spec in _stage_params(arch, ranges[stage], chunks=chunks):
+            whole = weights[spec.name] if dtype is None else weights[spec.name].to(dtype)
+            for file, piece in zip(files, split(whole, spec, tensor_size=tensor_size), strict=True):
+                if piece is not None:
+                    file[local] = piece
+        for rank, state in enumerate(files):
+            torch.save(state, folder / f"model_tp{rank}_pp{stage}.pt")
+            torch.save(_topology(state), folder / f"topo_tp{rank}_pp{stage}.json")
+    if model_config is not None:
+        torch.save(dict(model_config), folder / "model_config.pt")
+
+
+def check_split(arch: ModelArch, *, tensor_size: int, pipe: int, chunks: int) -> None:
+    """Raise `ConversionError` unless every parameter and the layers can be split so."""
+    problems = []
+    for spec in arch.iter_params():
+        if spec.split_dim is not None:
+            units = spec.shape[spec.split_dim] // (spec.parts * spec.granule)
+            if units % tensor_size:
+                problems.append(f"{spec.name}: {units} units do not divide by --tensor {tensor_size}")
+    if arch.num_layers % chunks:
+        problems.append(f"{arch.num_layers} layers do not divide by --chunks {chunks}")
+    elif arch.num_layers // chunks < pipe:
+        problems.append(f"{arch.num_layers} layers in {chunks} chunks are too few for --pipeline {pipe}")
+    if problems:
+        more = f"\n  and {len(problems) - 6} more" if len(problems) > 6 else ""
+        raise ConversionError("this model cannot be split so:\n  " + "\n  ".join(problems[:6]) + more)
+
+
+def _stage_params(
+    arch: ModelArch, ranges: Sequence[tuple[int, int]], *, chunks: int
+) -> Iterator[tuple[str, ParamSpec]]:
+    """`(name in the file, spec)` of one stage; layer numbers start at 0 in each chunk."""
+    for chunk, (start, stop) in enumerate(ranges):
+        prefix = f"{chunk}.model." if chunks > 1 else ""
+        for layer in arch.layers:
+            first, last = layer.kind == "embedding", layer.kind in ("norm", "head")
+            if layer.layer is not None and start <= layer.layer < stop:
+                old, new = f"blocks.{layer.layer}.", f"{prefix}blocks.{layer.layer - start}."
+                yield from ((new + spec.name.removeprefix(old), spec) for spec in layer.params)
+            elif (first and start == 0) or (last and stop == arch.num_layers):
+                yield from ((prefix + spec.name, spec) for spec in layer.params)
+
+
+def _topology(state: Mapping[str, torch.Tensor]) -> dict[str, dict[str, int]]:
+    """Modules whose vocabulary is split: InternLM keeps this beside the weights."""
+    return {name.removesuffix(".weight"): {"dim": 0} for name in state if name.endswith("word_embeddings.weight")}

@@ -1,0 +1,88 @@
+"""Checkpoint folders on a local (or shared) file system: published by one atomic rename, through to the disk.
+
+A folder that replaces another one is exchanged with it in a single system call where Linux offers that; elsewhere the
+old one is moved aside first, and `recover` puts it back if the process died in between. Names of unfinished folders
+start with a dot and are never digits, so no search for checkpoints finds them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import secrets
+import shutil
+from pathlib import Path
+
+TEMPORARY = ".tmp-"
+REPLACED = ".replaced-"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+class LocalStorage:
+    """`Storage` of plain folders."""
+
+    def exists(self, path: Path) -> bool:
+        return path.exists()
+
+    def make_temporary(self, final: Path) -> Path:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        folder = final.parent / f"{TEMPORARY}{final.name}-{secrets.token_hex(4)}"
+        folder.mkdir()
+        return folder
+
+    def publish(self, temporary: Path, final: Path) -> None:
+        sync_folder(temporary)
+        if not final.exists():
+            os.rename(temporary, final)
+        elif exchange(temporary, final):
+            self.remove(temporary)
+        else:
+            aside = final.parent / f"{REPLACED}{final.name}-{secrets.token_hex(4)}"
+            os.rename(final, aside)
+            os.rename(temporary, final)
+            self.remove(aside)
+        sync_folder(final.parent)
+
+    def remove(self, path: Path) -> None:
+        shutil.rmtree(path, ignore_errors=True)
+
+    def recover(self, parent: Path) -> list[str]:
+        done = []
+        for aside in sorted(parent.glob(f"{REPLACED}*")):
+            final = parent / aside.name[len(REPLACED) :].rsplit("-", 1)[0]
+            if final.exists():
+                self.remove(aside)
+            else:
+                os.rename(aside, final)
+                done.append(f"{final} was being replaced when its writer died: the old one is back")
+        for leftover in sorted(parent.glob(f"{TEMPORARY}*")):
+            self.remove(leftover)
+            done.append(f"{leftover} was unfinished: removed")
+        return done
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Exchange two folders in one step; False where the system or file system cannot.
+
+    Source: renameat2(2) with RENAME_EXCHANGE.
+    """
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM):
+        return False
+    raise OSError(code, os.strerror(code), str(second))
+
+
+def sync_folder(folder: Path) -> None:
+    """Make names in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

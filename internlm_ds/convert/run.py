@@ -1,0 +1,241 @@
+"""Converting a checkpoint to another format: read, write aside, read back and compare, publish.
+
+One parameter at a time is in memory where the target allows it. The output appears complete or not at all, and by
+default only after every parameter was found in it once and bit for bit equal. What each format looks like is
+`checkpoint.formats`'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from internlm_ds.checkpoint import address as addresses
+from internlm_ds.checkpoint.formats import hf, internlm, native
+from internlm_ds.checkpoint.search import Format, detect
+from internlm_ds.checkpoint.storage import base
+from internlm_ds.checkpoint.storage.local import LocalStorage
+from internlm_ds.convert.sources import Source, dict_of_model, open_source
+from internlm_ds.errors import CheckpointError, ConversionError
+from internlm_ds.layout.ranks import Layout
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+PAIRS: tuple[tuple[Format, Format], ...] = (
+    ("native", "hf"),
+    ("internlm", "hf"),
+    ("internlm", "native"),
+    ("native", "internlm"),
+    ("internlm", "internlm"),
+    ("hf", "native"),
+    ("hf", "internlm"),
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A conversion as it was asked for.
+
+    Attributes:
+        source, target: Addresses.
+        source_format: None: told by what lies there.
+        tensor, pipe, chunks: Split of the target; InternLM's format only.
+        config: Configuration of the model, where the source does not say.
+        dtype: Name of the target's dtype; None keeps the source's.
+        content: `model` or `all`.
+        tokenizer: sentencepiece model to put beside the weights; Hugging Face only.
+        mlp_names: Meaning of w2 and w3 in InternLM files whose shapes do not tell.
+    """
+
+    source: str
+    target: str
+    source_format: Format | None
+    target_format: Format
+    tensor: int = 1
+    pipe: int = 1
+    chunks: int = 1
+    config: Path | None = None
+    dtype: str | None = None
+    content: str = "model"
+    tokenizer: Path | None = None
+    max_shard_bytes: int = hf.MAX_SHARD_BYTES
+    mlp_names: str | None = None
+    verify: bool = True
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What was done."""
+
+    target: Path
+    num_parameters: int
+    num_elements: int
+    source_format: Format
+    target_format: Format
+    dtype: torch.dtype
+    verified: bool
+
+    def __str__(self) -> str:
+        checked = "every parameter read back once, bit for bit equal" if self.verified else "not verified"
+        return (
+            f"{self.target}: {self.num_parameters} parameters, {self.num_elements:,} elements, "
+            f"{self.source_format} -> {self.target_format}, {str(self.dtype).removeprefix('torch.')}; {checked}"
+        )
+
+
+def convert(request: Request, *, progress: Callable[[str], None] = lambda line: None) -> Summary:
+    """Convert a checkpoint.
+
+    Raises:
+        ConversionError: The pair of formats or an option is not possible, the target exists, or reading back found a
+            difference.
+        CheckpointError: The source is missing, damaged or does not fit its model.
+    """
+    source_folder, target = _local(request.source), _local(request.target)
+    request = replace(request, source_format=request.source_format or _detected(source_folder))
+    _check(request, target)
+    source = open_source(source_folder, request.source_format, config=request.config, mlp_names=request.mlp_names)
+    dtype = DTYPES[request.dtype] if request.dtype else source.dtype
+    storage = LocalStorage()
+    temporary = storage.make_temporary(target)
+    try:
+        _WRITERS[request.target_format](temporary, source, request, dtype, progress)
+        if request.verify:
+            progress("reading back")
+            _verify(_reread(temporary, source, request), source, dtype=dtype)
+        if target.exists():
+            raise ConversionError(f"{target} has appeared meanwhile; nothing was written")
+        storage.publish(temporary, target)
+    except OSError as error:
+        raise ConversionError(f"writing {target} failed: {error}") from error
+    finally:
+        storage.remove(temporary)
+    return Summary(
+        target,
+        len(source.arch.params),
+        source.arch.num_params,
+        request.source_format,
+        request.target_format,
+        dtype,
+        verified=request.verify,
+    )
+
+
+def _local(text: str) -> Path:
+    address = addresses.parse(text)
+    base.of(address)
+    return address.local_path
+
+
+def _detected(folder: Path) -> Format:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} {'is no folder' if folder.exists() else 'does not exist'}")
+    found = detect(folder)
+    if found is None:
+        raise CheckpointError(f"{folder} is no checkpoint of any known format; say --from native, internlm or hf")
+    return found
+
+
+def _check(request: Request, target: Path) -> None:
+    pair = (request.source_format, request.target_format)
+    problems = []
+    if pair not in PAIRS:
+        possible = ", ".join(f"{a} to {b}" for a, b in PAIRS)
+        problems.append(f"{pair[0]} to {pair[1]} is not possible in this version; possible are {possible}")
+    if request.content != "model":
+        problems.append(f"--content {request.content}: this version converts the weights only; write --content model")
+    for option, value in (("--tensor", request.tensor), ("--pipeline", request.pipe), ("--chunks", request.chunks)):
+        if value < 1:
+            problems.append(f"{option} {value}: must be at least 1")
+        elif value > 1 and request.target_format != "internlm":
+            problems.append(f"{option} {value}: only InternLM's format is split; leave it away for --to {pair[1]}")
+    if request.tokenizer and request.target_format != "hf":
+        problems.append(f"--tokenizer {request.tokenizer}: only a Hugging Face folder holds a tokenizer")
+    if request.tokenizer and not request.tokenizer.is_file():
+        problems.append(f"--tokenizer {request.tokenizer}: no such file")
+    if target.exists():
+        problems.append(f"{target} exists; remove it or name another place")
+    if problems:
+        raise ConversionError("\n  ".join(problems))
+
+
+_Writer = Callable[[Path, Source, Request, torch.dtype, Callable[[str], None]], None]
+
+
+def _write_hf(
+    folder: Path, source: Source, request: Request, dtype: torch.dtype, progress: Callable[[str], None]
+) -> None:
+    hf.write(
+        folder,
+        source.weights,
+        model=source.model,
+        arch=source.arch,
+        dtype=dtype,
+        tokenizer=request.tokenizer,
+        max_shard_bytes=request.max_shard_bytes,
+        progress=progress,
+    )
+
+
+def _write_internlm(
+    folder: Path, source: Source, request: Request, dtype: torch.dtype, progress: Callable[[str], None]
+) -> None:
+    internlm.write_weights(
+        folder,
+        source.weights,
+        arch=source.arch,
+        tensor_size=request.tensor,
+        pipe=request.pipe,
+        chunks=request.chunks,
+        dtype=dtype,
+        model_config=dict_of_model(replace(source.model, num_chunks=request.chunks), dtype=dtype),
+    )
+
+
+def _write_native(
+    folder: Path, source: Source, request: Request, dtype: torch.dtype, progress: Callable[[str], None]
+) -> None:
+    named = ((spec.name, source.weights[spec.name].to(dtype)) for spec in source.arch.iter_params())
+    native.save(
+        folder,
+        weights=named,
+        train_state={},
+        config_text=source.config_text,
+        layout=Layout(),
+        arch=source.arch,
+        dtype=dtype,
+        step=source.step,
+        model=source.model,
+    )
+
+
+_WRITERS: dict[Format, _Writer] = {"hf": _write_hf, "internlm": _write_internlm, "native": _write_native}
+
+
+def _reread(folder: Path, source: Source, request: Request) -> Mapping[str, torch.Tensor]:
+    """The weights as they now lie on the disk."""
+    if request.target_format == "hf":
+        return hf.read_weights(folder, arch=source.arch)
+    if request.target_format == "internlm":
+        return internlm.read_weights(folder, arch=source.arch, mlp_names="2024")
+    return open_source(folder, "native", config=None, mlp_names=None).weights
+
+
+def _verify(written: Mapping[str, torch.Tensor], source: Source, *, dtype: torch.dtype) -> None:
+    """Every parameter once, bit for bit equal to the source in the target's dtype."""
+    names = [spec.name for spec in source.arch.iter_params()]
+    problems = [f"{name}: not written" for name in names if name not in written]
+    problems += [f"{name}: written, but not of the model" for name in written if name not in set(names)]
+    for name in names:
+        if name in written and not _bit_equal(written[name], source.weights[name].to(dtype)):
+            problems.append(f"{name}: reads back differently")
+    if problems:
+        raise ConversionError("the written checkpoint is not equal to its source:\n  " + "\n  ".join(problems))
+
+
+def _bit_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal in shape, dtype and every bit (so NaN equals NaN, and 0 is not -0)."""
+    as_bytes = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b)]
+    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(*as_bytes)

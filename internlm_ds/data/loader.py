@@ -1,0 +1,344 @@
+"""Batches of tensors: what the training loop, DeepSpeed's engine and people with loops of their own are fed with.
+
+`PackedDataset` is a map-style torch data set of micro-batches. `TrainLoader` deals it out step by step in InternLM's
+order, knows its true position and reads ahead in a thread; `FlatSampler` gives the same order to any other loader,
+DeepSpeed's own among them. What a micro-batch holds is decided in `packing` and `collate`, which batch holds it in
+`sampler`; this file adds torch.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from internlm_ds.config.schema import Config
+from internlm_ds.data import catalog, validation
+from internlm_ds.data.collate import BatchStats, MicroBatchArrays, micro_batch_arrays, row_arrays
+from internlm_ds.data.packing import Concatenation, Pack, PaddedBatcher, packer_for
+from internlm_ds.data.readahead import ReadAhead
+from internlm_ds.data.sampler import BatchSkipper, StaticBatchSampler
+from internlm_ds.data.synthetic import DATASET_TYPES, TRAIN_SAMPLES, SyntheticSamples
+
+logger = logging.getLogger(__name__)
+
+# ((tokens, cu_seqlens), (labels, type_ids)); T tokens, shapes (T,), (T + 1,), (T,), (T,), see collate.MicroBatchArrays
+MicroBatch = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """The data of one step on this rank.
+
+    Attributes:
+        index: Batch index over all epochs, from 0.
+        micro_batches: One entry per micro-batch; empty if `skipped`.
+        stats: What the log says of it; zeros if `skipped`.
+        skipped: The batch is named in `skip_batches`: it counts as seen but is not trained on, nor read.
+        num_packs: Micro-batches that the batch stands for, skipped or not.
+    """
+
+    index: int
+    micro_batches: list[MicroBatch]
+    stats: BatchStats
+    skipped: bool
+    num_packs: int
+
+
+class PackedDataset(Dataset[MicroBatch]):
+    """Micro-batches by number; one item is one packed micro-batch.
+
+    Args:
+        packs: The packs of all files, one file after the other.
+        dataset_types: Names of the data types, in the order of their ids.
+        rows: Lay each pack out in so many rows (unpacked data), or None.
+        seq_len: Tokens of a row.
+    """
+
+    def __init__(self, packs: Concatenation, *, dataset_types: Sequence[str], seq_len: int, rows: int | None = None):
+        self.packs, self.dataset_types = packs, tuple(dataset_types)
+        self.rows, self.seq_len = rows, seq_len
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def __getitem__(self, index: int) -> MicroBatch:
+        return self.micro_batch(self.packs[index])
+
+    def micro_batch(self, pack: Pack) -> MicroBatch:
+        """Tensors of a pack."""
+        if self.rows is None:
+            return as_tensors(micro_batch_arrays(pack))
+        return as_tensors(row_arrays(pack, rows=self.rows, seq_len=self.seq_len))
+
+    def step(self, numbers: Sequence[int], *, index: int) -> StepBatch:
+        """The batch made of the packs named."""
+        packs = [self.packs[number] for number in numbers]
+        return StepBatch(index, [self.micro_batch(pack) for pack in packs], BatchStats.of(packs), False, len(packs))
+
+
+class TrainLoader:
+    """Steps without end, in InternLM's order, whatever reads ahead.
+
+    Args:
+        dataset: The same on all ranks.
+        sampler: This rank's.
+        skip_batches: `data.skip_batches`.
+        read_ahead: Steps to prepare in a thread; 0 reads when asked.
+    """
+
+    def __init__(
+        self, dataset: PackedDataset, *, sampler: StaticBatchSampler, skip_batches: str = "", read_ahead: int = 2
+    ):
+        self.dataset, self.sampler = dataset, sampler
+        self.skipper = BatchSkipper(skip_batches)
+        self.read_ahead = read_ahead
+        self._position = sampler.state_dict()
+        self._steps: ReadAhead[tuple[StepBatch, dict[str, Any]]] | None = None
+
+    @property
+    def dataset_types(self) -> tuple[str, ...]:
+        """Names of the data types, in the order of their ids."""
+        return self.dataset.dataset_types
+
+    def next_step(self) -> StepBatch:
+        """The next batch, in this epoch or the next.
+
+        Raises:
+            DataFormatError: A file is damaged or has changed, or an id does not fit the vocabulary.
+        """
+        if self._steps is None:
+            self._steps = ReadAhead(_steps(self.dataset, self.sampler, self.skipper), depth=self.read_ahead)
+        try:
+            batch, self._position = self._steps.next()
+        except BaseException:
+            self.load_state_dict(self._position)  # asked again, the same batch is tried again
+            raise
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the last `next_step` left off: plain data, see `StaticBatchSampler.state_dict`."""
+        return dict(self._position)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on behind the batch after which `state` was taken.
+
+        Raises:
+            CheckpointError: The state does not fit this run.
+        """
+        self.close()
+        self.sampler.load_state_dict(state)
+        if state.get("num_packs", len(self.dataset)) != len(self.dataset):
+            found, now = state["num_packs"], len(self.dataset)
+            logger.warning(
+                "the training data has changed: %d packs at the checkpoint, %d now; the order differs", found, now
+            )
+        self._position = self.sampler.state_dict()
+
+    def close(self) -> None:
+        """Stop reading ahead; `next_step` starts it again."""
+        if self._steps is not None:
+            self._steps.close()
+            self._steps = None
+
+
+class FlatSampler(Sampler[int]):
+    """This rank's pack numbers one by one, in `TrainLoader`'s order: a sampler for other loaders.
+
+    Each `iter` gives the rest of the current epoch; when it is used up the next `iter` gives the next epoch, as
+    `deepspeed.utils.RepeatingLoader` asks for them. Loaders read ahead, so the position is the caller's to count:
+    `seek` to the number of items trained on so far.
+
+    Args:
+        sampler: This rank's batches; copied, so it may go on elsewhere.
+    """
+
+    def __init__(self, sampler: StaticBatchSampler):
+        self._sampler = copy.deepcopy(sampler)
+        self._start = sampler.state_dict()
+
+    def __len__(self) -> int:
+        """Items in the rest of this epoch."""
+        self._sampler.load_state_dict(self._start)
+        return sum(len(batch) for batch in self._sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        self._sampler.load_state_dict(self._start)
+        rest = list(self._sampler)  # behind the last batch the sampler stands at the next epoch
+        following = self._sampler.state_dict()
+        for batch in rest:
+            yield from batch
+        self._start = following
+
+    def seek(self, items: int) -> None:
+        """Stand behind so many items from the very beginning, over all epochs.
+
+        Raises:
+            ValueError: `items` is no whole number of steps.
+        """
+        sampler = self._sampler
+        sampler.load_state_dict({**sampler.state_dict(), **_BEGINNING})
+        while items > 0:
+            items -= len(sampler.next_batch())
+        if items:
+            raise ValueError(f"a step ends {-items} items later; seek to the end of a step")
+        self._start = sampler.state_dict()
+
+
+class ValidationLoader:
+    """Evaluation batches of one set: each a list of micro-batches of `micro_bsz` rows, padded to `seq_len`."""
+
+    def __init__(self, batches: validation.ValidationBatches):
+        self.batches = batches
+
+    @property
+    def name(self) -> str:
+        return self.batches.name
+
+    @property
+    def batch_size(self) -> int:
+        """Rows per batch and rank."""
+        return self.batches.batch_size
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the whole set, over all ranks."""
+        return len(self.batches.samples)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[MicroBatch]]:
+        for micro_batches in self.batches:
+            yield [as_tensors(arrays) for arrays in micro_batches]
+
+
+def build_dataset(config: Config, *, log: bool = True) -> PackedDataset:
+    """The training data that a configuration names, the same on all ranks.
+
+    Args:
+        log: Say what was dropped from which file.
+    Raises:
+        DataFormatError: Files are missing, damaged or do not fit the model's vocabulary.
+    """
+    data = config.data
+    packer = packer_for(pack_sample_into_one=data.pack_sample_into_one, use_packed_dataset=data.use_packed_dataset)
+    length = data.micro_bsz * data.seq_len
+    if not data.train_folder:
+        samples = SyntheticSamples(
+            TRAIN_SAMPLES,
+            max_len=data.seq_len,
+            fixed_seqlen=data.fixed_random_dataset_seqlen,
+            vocab_size=config.model.vocab_size,
+        )
+        types: tuple[str, ...] = DATASET_TYPES
+        parts = [packer(samples, packed_length=length, seq_len=data.seq_len)]
+    else:
+        found = catalog.scan(data.train_folder, min_length=data.min_length, min_length_dict=data.min_length_dict)
+        types = found.dataset_types
+        parts = []
+        for file, kept in catalog.open_files(found, vocab_size=config.model.vocab_size, log=log):
+            parts.append(packer(kept, packed_length=length, seq_len=data.seq_len))
+            if log:
+                _report_packs(parts[-1], file.name)
+    rows = data.micro_bsz if packer is PaddedBatcher else None
+    return PackedDataset(Concatenation(parts), dataset_types=types, seq_len=data.seq_len, rows=rows)
+
+
+def build_sampler(
+    config: Config, num_packs: int, *, data_rank: int, data_size: int, seed: int | None = None
+) -> StaticBatchSampler:
+    """This rank's sampler as a configuration asks for it; `seed` replaces `data.seed`."""
+    return StaticBatchSampler(
+        num_packs,
+        batch_size=config.data.micro_num,
+        rampup=config.data.rampup_batch_size,
+        seed=config.data.seed if seed is None else seed,
+        data_rank=data_rank,
+        data_size=data_size,
+    )
+
+
+def build_train_loader(config: Config, *, data_rank: int, data_size: int, seed: int | None = None) -> TrainLoader:
+    """Training batches of one data-parallel rank. `data.num_worker` 0 reads when asked, else a thread reads ahead.
+
+    Raises:
+        DataFormatError: Files are missing or damaged, do not fit the vocabulary, or are too few.
+    """
+    dataset = build_dataset(config, log=data_rank == 0)
+    sampler = build_sampler(config, len(dataset), data_rank=data_rank, data_size=data_size, seed=seed)
+    return TrainLoader(
+        dataset,
+        sampler=sampler,
+        skip_batches=config.data.skip_batches,
+        read_ahead=2 if config.data.num_worker > 0 else 0,
+    )
+
+
+def build_validation_loaders(config: Config, *, data_rank: int, data_size: int) -> dict[str, ValidationLoader]:
+    """Validation sets by name; the same names on all ranks, those too small for all ranks left out.
+
+    Raises:
+        DataFormatError: Files are missing, damaged or do not fit the vocabulary.
+    """
+    data, vocab_size = config.data, config.model.vocab_size
+    if data.valid_folder:
+        sets = validation.find_sets(data.valid_folder, vocab_size=vocab_size, log=data_rank == 0)
+    else:
+        fixed = data.fixed_random_dataset_seqlen
+        sets = validation.synthetic_sets(
+            seq_len=data.seq_len, data_size=data_size, fixed_seqlen=fixed, vocab_size=vocab_size
+        )
+    batches = validation.batches_of(
+        sets,
+        micro_bsz=data.micro_bsz,
+        valid_micro_num=data.valid_micro_num,
+        seq_len=data.seq_len,
+        data_rank=data_rank,
+        data_size=data_size,
+    )
+    return {name: ValidationLoader(each) for name, each in batches.items()}
+
+
+def as_tensors(arrays: MicroBatchArrays) -> MicroBatch:
+    """The arrays as tensors that share their memory."""
+    inputs = torch.from_numpy(arrays.tokens), torch.from_numpy(arrays.cu_seqlens)
+    return inputs, (torch.from_numpy(arrays.labels), torch.from_numpy(arrays.type_ids))
+
+
+def first_item(batch: Sequence[Item]) -> Item:
+    """`collate_fn` for loaders with batch_size=1: the one item, without a new dimension."""
+    (item,) = batch
+    return item
+
+
+_BEGINNING = {"epoch": 0, "num_consumed_samples_in_epoch": 0, "batch_count": 0, "epoch_start_batch_count": 0}
+
+
+def _steps(
+    dataset: PackedDataset, sampler: StaticBatchSampler, skipper: Callable[[int], bool]
+) -> Iterator[tuple[StepBatch, dict[str, Any]]]:
+    """Batches without end, each with the sampler's position behind it."""
+    while True:
+        index = sampler.batch_count
+        numbers = sampler.next_batch()
+        position = sampler.state_dict()
+        if skipper(index):
+            # not read: a damaged sample is a reason to skip its batch
+            yield StepBatch(index, [], BatchStats.of([]), True, len(numbers)), position
+        else:
+            yield dataset.step(numbers, index=index), position
+
+
+def _report_packs(part: Any, name: str) -> None:
+    if not len(part):
+        logger.warning("%s is left out: it does not fill one micro-batch of %d tokens", name, part.packed_length)
+    elif isinstance(part, PaddedBatcher) and part.num_empty_packs:
+        logger.warning("%s: %d of %d unpacked micro-batches hold no sample", name, part.num_empty_packs, len(part))

@@ -1,0 +1,132 @@
+"""The transformer block, and the other entries of the layer list as a pipeline stage calls them.
+
+Every entry takes and returns what a stage passes on: one tuple `(hidden, cu_seqlens)`. The embedding starts with
+tokens in the place of `hidden`, the head ends with logits alone. Sub-modules carry InternLM's names. What they are
+built from is `layers`' business, what their parameters start with `init`'s.
+
+Legend: T tokens, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import dropout
+from torch.utils.checkpoint import checkpoint
+
+from internlm_ds.attention.segments import Segments
+from internlm_ds.model.norm import LayerNorm, RmsNorm
+from internlm_ds.model.self_attention import KeyValueCache, SelfAttention
+from internlm_ds.parallel.embedding import HiddenSplitEmbedding, VocabSplitEmbedding
+from internlm_ds.parallel.linear import ColumnParallelLinear
+
+Carried = tuple[Tensor, Tensor]
+
+
+class Block(nn.Module):
+    """Pre-norm block: h = x + mixer(norm1(x)), out = h + mlp(norm2(h)); dropout on x and on the mixer's output.
+
+    Args:
+        mixer, mlp, norm1, norm2: The parts.
+        drop_rate: Dropout probability of the residual stream's inputs.
+        residual_in_fp32: Keep the residual stream in fp32 from this block on.
+        recompute: Forget the activations in training and compute them again in the backward pass.
+        recompute_norms: Without `recompute`, do so for dropout and norms alone (`dropout_selective_checkpoint`): their
+            fp32 copies of the residual stream are large and cheap to make again.
+    """
+
+    def __init__(
+        self,
+        mixer: SelfAttention,
+        mlp: nn.Module,
+        norm1: nn.Module,
+        norm2: nn.Module,
+        *,
+        drop_rate: float = 0.0,
+        residual_in_fp32: bool = False,
+        recompute: bool = False,
+        recompute_norms: bool = False,
+    ):
+        super().__init__()
+        self.mixer, self.norm1, self.norm2, self.mlp = mixer, norm1, norm2, mlp
+        self.drop_rate, self.residual_in_fp32 = drop_rate, residual_in_fp32
+        self.recompute, self.recompute_norms = recompute, recompute_norms and not recompute
+
+    def forward(self, carried: Carried) -> Carried:
+        hidden, cu_seqlens = carried
+        run = self._recomputed if self.recompute else _as_is
+        return run(self._packed, hidden, cu_seqlens), cu_seqlens
+
+    def extend(self, hidden: Tensor, cache: KeyValueCache) -> Tensor:
+        """The next t tokens of one sequence, `(t, H) -> (t, H)`; for generation."""
+        return self._run(hidden, lambda x: self.mixer.extend(x, cache))
+
+    def _packed(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
+        segments = Segments.of(cu_seqlens)
+        return self._run(hidden, lambda x: self.mixer(x, segments))
+
+    def _run(self, x: Tensor, mix: Callable[[Tensor], Tensor]) -> Tensor:
+        run = self._recomputed if self.recompute_norms else _as_is
+        residual, x = run(self._enter_mixer, x)
+        residual, x = run(self._enter_mlp, self._residual(residual), mix(x))
+        return self.mlp(x) + self._residual(residual)
+
+    def _enter_mixer(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        residual = self._drop(x)
+        return residual, self.norm1(residual)
+
+    def _enter_mlp(self, residual: Tensor, mixed: Tensor) -> tuple[Tensor, Tensor]:
+        residual = self._drop(mixed) + residual
+        return residual, self.norm2(residual)
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return dropout(x, self.drop_rate, self.training) if self.drop_rate else x
+
+    def _residual(self, x: Tensor) -> Tensor:
+        return x.float() if self.residual_in_fp32 else x
+
+    def _recomputed(self, function: Callable[..., Any], *args: Tensor) -> Any:
+        """`function(*args)`, computed again in the backward pass of training."""
+        if not (self.training and torch.is_grad_enabled()):
+            return function(*args)
+        # the random state is put back for the second pass, so that dropout draws the same masks
+        random = self.drop_rate > 0 or self.mixer.dropout > 0
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=random)
+
+
+def _as_is(function: Callable[..., Any], *args: Tensor) -> Any:
+    return function(*args)
+
+
+class _Carrying(nn.Module):
+    """Makes a layer of one tensor an entry of the list: `cu_seqlens` passes by."""
+
+    def forward(self, carried: Carried) -> Carried:
+        hidden, cu_seqlens = carried
+        return super().forward(hidden), cu_seqlens  # type: ignore[misc]
+
+
+class HiddenSplitEmbeddingEntry(_Carrying, HiddenSplitEmbedding):
+    """`(tokens (T,), cu_seqlens) -> (hidden (T, H), cu_seqlens)`, parameter `weight`."""
+
+
+class VocabSplitEmbeddingEntry(_Carrying, VocabSplitEmbedding):
+    """`(tokens (T,), cu_seqlens) -> (hidden (T, H), cu_seqlens)`, parameter `word_embeddings.weight`."""
+
+
+class RmsNormEntry(_Carrying, RmsNorm):
+    """The final norm."""
+
+
+class LayerNormEntry(_Carrying, LayerNorm):
+    """The final norm when `norm_type` is not rmsnorm."""
+
+
+class HeadEntry(ColumnParallelLinear):
+    """`(hidden (T, H), cu_seqlens) -> logits (T, V)` in the model's dtype; the loss casts them to fp32."""
+
+    def forward(self, carried: Carried) -> Tensor:
+        return super().forward(carried[0])

@@ -1,0 +1,40 @@
+"""The two feed-forward layers of InternLM v1: SwiGLU, and the plain GELU one of `use_swiglu=False`. Neither has biases.
+
+Parameter names are InternLM's of 2024: `w1` and `w3` read the residual stream, `w2` writes to it.
+
+Legend: H hidden, F width; f = F / tensor.size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import gelu, silu
+
+from internlm_ds.parallel.context import Axis
+from internlm_ds.parallel.linear import ColumnParallelLinear, RowParallelLinear
+
+
+class SwigluMlp(nn.Module):
+    """w2(silu(w1 x) · w3 x), `(T, H) -> (T, H)` (Shazeer, GLU Variants Improve Transformer, eq. 6)."""
+
+    def __init__(self, hidden_size: int, width: int, *, tensor: Axis, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.w1 = ColumnParallelLinear(hidden_size, width, tensor=tensor, bias=False, dtype=dtype)
+        self.w2 = RowParallelLinear(width, hidden_size, tensor=tensor, bias=False, dtype=dtype)
+        self.w3 = ColumnParallelLinear(hidden_size, width, tensor=tensor, bias=False, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w2(silu(self.w1(x)) * self.w3(x))
+
+
+class GeluMlp(nn.Module):
+    """fc2(gelu(fc1 x)) with the tanh approximation of GELU, `(T, H) -> (T, H)`."""
+
+    def __init__(self, hidden_size: int, width: int, *, tensor: Axis, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        self.fc1 = ColumnParallelLinear(hidden_size, width, tensor=tensor, bias=False, dtype=dtype)
+        self.fc2 = RowParallelLinear(width, hidden_size, tensor=tensor, bias=False, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(gelu(self.fc1(x), approximate="tanh"))

@@ -1,0 +1,53 @@
+"""Small objects between all ranks of the job, over `torch.distributed`. Tensors of a step never travel this way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class ProcessComm:
+    """`checkpoint.agree.Comm` over the default process group.
+
+    Args:
+        device: Where a one-number collective lives (the GPU with NCCL).
+    """
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        self._flag = torch.zeros(1, dtype=torch.int32, device=device)
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size()
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+    def gather(self, obj: Any) -> list[Any] | None:
+        if self.world_size == 1:
+            return [obj]
+        objects: list[Any] = [None] * self.world_size
+        dist.all_gather_object(objects, obj)
+        return objects if self.rank == 0 else None
+
+    def broadcast(self, obj: Any) -> Any:
+        if self.world_size == 1:
+            return obj
+        box = [obj]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def any(self, value: bool) -> bool:
+        """True on every rank if `value` is true on one; a collective of one number."""
+        if self.world_size == 1:
+            return value
+        self._flag.fill_(int(value))
+        dist.all_reduce(self._flag, op=dist.ReduceOp.MAX)
+        return bool(self._flag.item())

@@ -1,0 +1,227 @@
+"""Bytes that a rank needs while training, component by component, each with its formula; nothing is measured.
+
+The counts follow what is really allocated: DeepSpeed's stage-1 optimizers (fp32 masters exist even in fp32 training,
+the reduction buffer is made whole at every step) and the tensors that our layers keep for the backward pass. A test
+compares the latter with what autograd saves.
+
+Legend: T tokens of a micro-batch, H hidden, F mlp width, V vocabulary, N heads, D head width; P parameters of the stage
+on this rank, z ranks that share optimizer states; b bytes of the model's dtype, g of the dtype gradients are summed in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from internlm_ds.arch.spec import LayerSpec, ModelArch
+from internlm_ds.config.schema import ModelConfig
+from internlm_ds.layout.ranks import Layout
+from internlm_ds.layout.stages import stage_layers
+
+Phase = Literal["always", "forward_backward", "reduce", "step"]
+PHASES: tuple[Phase, ...] = ("forward_backward", "reduce", "step")
+BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+SUM_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
+
+# CUDA context, cuBLAS and NCCL work areas: not ours to compute, about this much on current cards
+DEVICE_OVERHEAD_BYTES = 1_500_000_000
+# DeepSpeed's BF16_Optimizer reduces through flattened copies of about this many elements
+BF16_FLATTEN_NUMEL = 500_000_000
+# receive buffers of the pipeline engine: never fewer than two
+SMALLEST_BUFFER_COUNT = 2
+
+
+@dataclass(frozen=True)
+class Component:
+    """One thing that takes memory.
+
+    Attributes:
+        name: What it is.
+        nbytes: Its size on the device.
+        formula: How it was computed, in the letters of this module.
+        phase: When it exists; `always`, or one phase of a step.
+    """
+
+    name: str
+    nbytes: int
+    formula: str
+    phase: Phase = "always"
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """The memory of one rank of a pipeline stage (all ranks of a stage are alike)."""
+
+    stage: int
+    layers: tuple[int, int]
+    numel: int
+    components: tuple[Component, ...]
+    host_bytes: int = 0
+
+    def phase_bytes(self, phase: Phase) -> int:
+        """Bytes in a phase, with what always exists."""
+        return sum(c.nbytes for c in self.components if c.phase in ("always", phase))
+
+    @property
+    def peak_phase(self) -> Phase:
+        return max(PHASES, key=self.phase_bytes)
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.phase_bytes(self.peak_phase)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step puts through a rank.
+
+    Attributes:
+        tokens: T.
+        micro_num: Micro-batches of the step.
+    """
+
+    tokens: int
+    micro_num: int
+
+
+def stages(
+    arch: ModelArch, model: ModelConfig, layout: Layout, *, step: Step, ds_config: Mapping[str, Any]
+) -> tuple[StageMemory, ...]:
+    """Memory of every pipeline stage."""
+    found = []
+    for stage, runs in enumerate(stage_layers(arch, layout)):
+        start, stop = runs[0][0], runs[-1][1]
+        layers = [layer for a, b in runs for layer in arch.layers[a:b]]
+        numel = sum(param.numel for layer in layers for param in layer.params) // layout.tensor
+        states, host_bytes = _states(layers, numel, model, layout, ds_config)
+        components = (*states, *_activations(layers, arch, model, layout, stage, step))
+        found.append(StageMemory(stage, (start, stop), numel, components, host_bytes))
+    return tuple(found)
+
+
+# ---- weights, gradients, optimizer ----------------------------------------------------------------
+
+
+def uses_bf16_optimizer(ds_config: Mapping[str, Any]) -> bool:
+    """DeepSpeed picks this class for bf16 weights with fp32 sums, unless the optimizer is offloaded."""
+    bf16 = bool(ds_config.get("bf16", {}).get("enabled"))
+    return bf16 and ds_config["data_types"]["grad_accum_dtype"] == "fp32" and not offloads(ds_config)
+
+
+def offloads(ds_config: Mapping[str, Any]) -> bool:
+    """Optimizer states live in host memory."""
+    offload = ds_config["zero_optimization"].get("offload_optimizer") or {}
+    return offload.get("device") == "cpu"
+
+
+def _states(
+    layers: list[LayerSpec], numel: int, model: ModelConfig, layout: Layout, ds_config: Mapping[str, Any]
+) -> tuple[list[Component], int]:
+    b, g = BYTES[model.dtype], SUM_BYTES[ds_config["data_types"]["grad_accum_dtype"]]
+    share = math.ceil(numel / layout.zero)
+    largest = max(param.numel for layer in layers for param in layer.params)
+    components = [Component("weights", b * numel, "b·P"), Component("gradients", g * numel, "g·P")]
+    if g != b:
+        components.append(_unsummed_gradients(numel, largest, b, ds_config))
+    host = 0
+    if offloads(ds_config):
+        host = (12 + 4) * share
+    else:
+        components += [
+            Component("fp32 master weights", 4 * share, "4·P/z"),
+            Component("Adam moments", 8 * share, "8·P/z"),
+        ]
+    if uses_bf16_optimizer(ds_config):
+        bucket = min(numel, BF16_FLATTEN_NUMEL + largest)
+        components.append(Component("reduction buffer", 4 * bucket, "4·min(P, 5e8 + largest parameter)", "reduce"))
+        return components, host
+    bucket = int(ds_config["zero_optimization"]["reduce_bucket_size"])
+    components += [
+        Component("reduction buffer", g * bucket, "g·reduce_bucket_size", "reduce"),
+        Component("own averaged gradients", g * share, "g·P/z", "reduce"),
+    ]
+    if not offloads(ds_config):
+        copies = (g + 4) * share if g != 4 else 4 * share
+        formula = "(g + 4)·P/z" if g != 4 else "4·P/z"
+        components.append(Component("own gradients in fp32", copies, formula, "step"))
+    return components, host
+
+
+def _unsummed_gradients(numel: int, largest: int, b: int, ds_config: Mapping[str, Any]) -> Component:
+    """Gradients of the running micro-batch, where sums are kept in a wider dtype."""
+    name = "gradients of one micro-batch"
+    if uses_bf16_optimizer(ds_config) and ds_config["bf16"].get("immediate_grad_update"):
+        return Component(name, b * largest, "b·largest parameter", "forward_backward")
+    return Component(name, b * numel, "b·P", "forward_backward")
+
+
+# ---- activations ----------------------------------------------------------------------------------
+
+
+def _activations(
+    layers: list[LayerSpec], arch: ModelArch, model: ModelConfig, layout: Layout, stage: int, step: Step
+) -> list[Component]:
+    b, T, H = BYTES[model.dtype], step.tokens, arch.hidden_size
+    in_flight = min(layout.pipe - stage, step.micro_num)
+    blocks = sum(layer.kind == "block" for layer in layers)
+    recomputed = int(blocks * model.checkpoint)
+    kept, whole = b * T * H, block_bytes(arch, model, tokens=T)
+    # every number of micro-batches under way at once multiplies what is kept, not the work area of the one that runs
+    many = f"{in_flight}·" if in_flight > 1 else ""
+    found = []
+    if blocks - recomputed:
+        nbytes = in_flight * (blocks - recomputed) * whole
+        formula = f"{many}{blocks - recomputed}·{block_formula(model)}"
+        found.append(Component("activations of blocks", nbytes, formula, "forward_backward"))
+    if recomputed:
+        nbytes, formula = in_flight * recomputed * kept, f"{many}{recomputed}·b·T·H"
+        found.append(Component("inputs of recomputed blocks", nbytes, formula, "forward_backward"))
+    found.append(_work(arch, model, layers, tokens=T, recomputes=recomputed > 0))
+    if layout.pipe > 1:
+        buffers = max(SMALLEST_BUFFER_COUNT, in_flight)
+        found.append(Component("pipeline messages", 2 * buffers * kept, f"2·{buffers}·b·T·H", "forward_backward"))
+    return [*found, Component("CUDA, cuBLAS, NCCL", DEVICE_OVERHEAD_BYTES, "assumed")]
+
+
+def _work(arch: ModelArch, model: ModelConfig, layers: list[LayerSpec], *, tokens: int, recomputes: bool) -> Component:
+    """The larger of two work areas that never exist together: the loss, and the backward pass of one block."""
+    b, T, H, V = BYTES[model.dtype], tokens, arch.hidden_size, arch.vocab_size
+    backward = b * T * (4 * arch.mlp_hidden_size + 2 * H) + (block_bytes(arch, model, tokens=T) if recomputes else 0)
+    # logits, and in fp32: log-probabilities, their gradient, and the gradient of the logits
+    loss = T * V * (12 + b)
+    # the final norm keeps its fp32 input and its two results
+    loss += T * H * (4 + 2 * b)
+    if layers[-1].kind == "head" and loss > backward:
+        return Component("logits and loss", loss, "T·V·(12 + b) + T·H·(4 + 2b)", "forward_backward")
+    formula = "b·T·(4F + 2H)" + (" + one block" if recomputes else "")
+    return Component("backward of one block", backward, formula, "forward_backward")
+
+
+def block_bytes(arch: ModelArch, model: ModelConfig, *, tokens: int) -> int:
+    """What a block that is not recomputed keeps for its backward pass.
+
+    Attention keeps its normed input, q k v as projected and as rotated, the output twice (as computed and as laid out
+    for the next product) and the fp32 softmax statistics; the MLP its normed input and four intermediate results (two
+    without SwiGLU). Norms keep their input and are recomputed with `dropout_selective_checkpoint`, else they keep fp32
+    copies.
+    """
+    b, T, H = BYTES[model.dtype], tokens, arch.hidden_size
+    hidden = 1 + 3 + 2 + 2 + 1
+    wide = 4 if model.use_swiglu else 2
+    statistics = 4 * T * arch.num_attention_heads + 4 * T * arch.head_dim
+    if model.dropout_selective_checkpoint:
+        norms = 2 * b * T * H
+    else:
+        norms = 2 * (4 + (b if model.norm_type == "rmsnorm" else 4)) * T * H
+    dropped = 2 * T * H if model.drop_rate and not model.dropout_selective_checkpoint else 0
+    return b * T * (hidden * H + wide * arch.mlp_hidden_size) + statistics + norms + dropped
+
+
+def block_formula(model: ModelConfig) -> str:
+    """`block_bytes` in letters."""
+    wide = 4 if model.use_swiglu else 2
+    if model.dropout_selective_checkpoint:
+        return f"(b·T·(11H + {wide}F) + 4·T·(N + D))"
+    return f"(b·T·(11H + {wide}F) + 8·T·H + 4·T·(N + D))"

@@ -1,0 +1,155 @@
+"""`run_ranks`: a function on several gloo ranks of this machine, for tests of anything that is split or replicated.
+
+Ranks meet over a file, so no port is taken; each has one thread. If one raises, the others are stopped and its traceback is the one
+you see. Shipped, because people who bring their own model family test it the same way.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from internlm_ds.layout.ranks import Layout
+
+# imported once, in the process that ranks are forked from: a rank then starts in a tenth of a second
+PRELOAD = ["torch", "torch.distributed", "numpy", "deepspeed"]
+
+
+class RankError(AssertionError):
+    """A rank failed; holds its traceback as text."""
+
+
+def run_ranks(fn: Callable[..., Any], layout: Layout, *args: Any, timeout_s: float = 60.0) -> list[Any]:
+    """Call `fn(context, *args)` on `layout.world_size` processes.
+
+    Args:
+        fn: A function at module level; gets this rank's `ParallelContext`.
+        layout: Ranks along each axis.
+        args: Picklable.
+        timeout_s: For all of it; ranks still running then are killed.
+    Returns:
+        What each rank returned, in rank order (picklable).
+    Raises:
+        RankError: A rank raised, died or did not finish in time.
+    """
+    where = (inspect.getfile(fn), fn.__module__, fn.__qualname__)
+    with tempfile.TemporaryDirectory() as folder:
+        processes, pipes = _start(where, layout, args, store=str(Path(folder) / "store"), timeout_s=timeout_s)
+        try:
+            return _collect(processes, pipes, timeout_s=timeout_s)
+        finally:
+            for process in processes:
+                if process.is_alive():
+                    process.kill()
+                process.join()
+
+
+def _start(where: tuple[str, str, str], layout: Layout, args: tuple[Any, ...], *, store: str, timeout_s: float):
+    context = multiprocessing.get_context("forkserver")
+    # read by the fork server when it starts: ranks must not take a thread per core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    context.set_forkserver_preload(PRELOAD)
+    processes, pipes = [], []
+    for rank in range(layout.world_size):
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_rank_main, args=(theirs, where, layout, rank, store, timeout_s, args), daemon=True)
+        process.start()
+        theirs.close()
+        processes.append(process)
+        pipes.append(ours)
+    return processes, pipes
+
+
+def _collect(processes: Sequence[Any], pipes: Sequence[Connection], *, timeout_s: float) -> list[Any]:
+    deadline = time.monotonic() + timeout_s
+    results: dict[int, Any] = {}
+    waiting = dict(enumerate(pipes))
+    while waiting:
+        ready = wait(list(waiting.values()), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise RankError(f"ranks {sorted(waiting)} did not finish within {timeout_s:g} s")
+        for rank in [r for r, pipe in waiting.items() if pipe in ready]:
+            try:
+                good, value = waiting.pop(rank).recv()
+            except EOFError:
+                processes[rank].join()
+                raise RankError(f"rank {rank} died with exit code {processes[rank].exitcode}") from None
+            if not good:
+                raise RankError(f"rank {rank} raised:\n{value}")
+            results[rank] = value
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _rank_main(
+    pipe: Connection,
+    where: tuple[str, str, str],
+    layout: Layout,
+    rank: int,
+    store: str,
+    timeout_s: float,
+    args: tuple[Any, ...],
+) -> None:
+    try:
+        value = _call(where, layout, rank, store, timeout_s, args)
+        pipe.send((True, value))
+    except BaseException:
+        pipe.send((False, traceback.format_exc()))
+    finally:
+        pipe.close()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # a peer may be gone: process groups are not worth waiting for
+        os._exit(0)
+
+
+def _call(
+    where: tuple[str, str, str], layout: Layout, rank: int, store: str, timeout_s: float, args: tuple[Any, ...]
+) -> Any:
+    import torch
+    import torch.distributed as dist
+
+    from internlm_ds.parallel.environment import LaunchFacts
+    from internlm_ds.parallel.launch import make_context, write_environment
+
+    torch.set_num_threads(1)
+    size = layout.world_size
+    write_environment(LaunchFacts("torch", rank, size, local_rank=rank, local_size=size))
+    dist.init_process_group(
+        "gloo",
+        store=dist.FileStore(store, size),
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    function: Any = _module(where[0], where[1])
+    for name in where[2].split("."):
+        function = getattr(function, name)
+    return function(make_context(layout, rank=rank, local_rank=rank), *args)
+
+
+def _module(path: str, name: str) -> ModuleType:
+    """The module a test function lives in, loaded from its file: test files are in no package."""
+    if name in sys.modules and name != "__main__":
+        return sys.modules[name]
+    for folder in (str(Path(path).parent), str(Path(path).parent.parent / "golden")):
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
+    name = "ranks_main" if name == "__main__" else name
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None, path
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,322 @@
+"""Puts a training run together: machine, process groups, data, model, engine, checkpoint, loop. The only place that knows all rooms.
+
+`prepare` does what can fail for the user before any process group exists; `Training.run` does the rest, on every rank.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from internlm_ds.config.schema import Config
+from internlm_ds.data.loader import TrainLoader, build_train_loader, build_validation_loaders
+from internlm_ds.engine.build import build
+from internlm_ds.engine.engine import Engine
+from internlm_ds.errors import MachineError
+from internlm_ds.layout.stages import partition_uniform, stage_layers
+from internlm_ds.model.layers import LayerEntry, build_layers
+from internlm_ds.model.registry import build_registered, model_keywords
+from internlm_ds.monitor import log
+from internlm_ds.monitor.sinks import MetricsFile, open_tensorboard
+from internlm_ds.monitor.throughput import ThroughputMeter
+from internlm_ds.optim.schedules import Beta2Schedule, LrSchedule
+from internlm_ds.parallel.comm import ProcessComm
+from internlm_ds.parallel.context import ParallelContext
+from internlm_ds.parallel.environment import LaunchFacts
+from internlm_ds.parallel.launch import initialize, shut_down
+from internlm_ds.plan import Plan
+from internlm_ds.plan.compute import flops_per_step
+from internlm_ds.plan.machine import MachineFacts, obstacles, suggestion
+from internlm_ds.runspec import RunSpec
+from internlm_ds.train import evaluate, rng, rundir
+from internlm_ds.train.checkpoints import RunCheckpoints
+from internlm_ds.train.loop import LoopSettings, StepRecord, TrainLoop
+from internlm_ds.train.metrics import RecordBuilder, StageLoss, device_peak_flops
+from internlm_ds.train.options import Options
+from internlm_ds.train.signals import SignalWatch
+from internlm_ds.train.state import TrainState
+from internlm_ds.translate import Translation
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(
+    options: Options, facts: LaunchFacts, *, spec: RunSpec, translation: Translation, plan: Plan
+) -> Training:
+    """Check the machine; no process group yet.
+
+    Raises:
+        MachineError: All obstacles of this machine, with what would work here.
+    """
+    machine = machine_facts(facts, backend=options.backend)
+    found = obstacles(spec, plan, machine)
+    if found:
+        raise MachineError([*found], path=str(spec.path), advice=suggestion(spec, plan, machine))
+    return Training(options, facts, spec, translation, plan)
+
+
+def machine_facts(facts: LaunchFacts, *, backend: str | None) -> MachineFacts:
+    """What this machine has, for `plan.machine`."""
+    gpus = 0 if backend == "gloo" else torch.cuda.device_count()
+    return MachineFacts(
+        gpu_count=gpus,
+        gpu_memory_bytes=torch.cuda.get_device_properties(0).total_memory if gpus else None,
+        host_memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        world_size=facts.world_size,
+        local_size=facts.local_size,
+        fp16_ok=bool(gpus) or _cpu_does_fp16(),
+    )
+
+
+def _cpu_does_fp16() -> bool:
+    """DeepSpeed's own question: does this CPU's matrix library compute in fp16?"""
+    from deepspeed.accelerator import get_accelerator
+
+    return bool(get_accelerator().is_fp16_supported())
+
+
+@dataclass
+class Training:
+    """A run whose paper work is done."""
+
+    options: Options
+    facts: LaunchFacts
+    spec: RunSpec
+    translation: Translation
+    plan: Plan
+
+    @property
+    def config(self) -> Config:
+        return self.spec.config
+
+    def run(self) -> int:
+        """Train; returns the exit code. Called by every rank."""
+        context = initialize(self.facts, self.spec.layout, backend=self.options.backend)
+        try:
+            return self._run(context)
+        finally:
+            log.close()
+            shut_down()
+
+    def _run(self, context: ParallelContext) -> int:
+        comm = ProcessComm(context.device)
+        signals = SignalWatch(comm)
+        signals.install()
+        launched = rundir.launch_time(comm)
+        folder = rundir.place(self.options.run_dir, job_name=self.config.job_name, launched=launched)
+        if context.rank == 0:
+            rundir.write(folder, spec=self.spec, translation=self.translation)
+        log.setup(folder, rank=context.rank, is_log_rank=context.is_log_rank)
+        set_global_state(self.config, seed=self.options.seed)
+        log_start(context, seed=self.options.seed, launched=launched)
+
+        loader = build_train_loader(self.config, data_rank=context.data.rank, data_size=context.data.size)
+        loss = StageLoss(
+            label_smoothing=self.config.loss.label_smoothing, dataset_types=loader.dataset_types, context=context
+        )
+        engine = self._engine(context, loss)
+        state = TrainState()
+        checkpoints = RunCheckpoints(engine, loader, spec=self.spec, context=context, comm=comm)
+        try:
+            checkpoints.restore(state)
+            if context.is_log_rank:
+                log_model(engine, self.plan)
+            finished = self._loop(context, folder, engine, loader, loss, state, checkpoints, signals).run()
+        finally:
+            loader.close()
+            checkpoints.close()
+        if signals.received is not None or (not finished and not checkpoints.stop_requested):
+            return signals.exit_code
+        return 0
+
+    def _engine(self, context: ParallelContext, loss: StageLoss) -> Engine:
+        entries = layer_entries(self.spec, context, seed=self.options.seed)
+        return build(
+            entries,
+            bounds=stage_bounds(self.spec, entries),
+            config=self.config,
+            ds_config=self.translation.ds_config,
+            context=context,
+            loss_fn=loss,
+        )
+
+    def _loop(
+        self,
+        context: ParallelContext,
+        folder: Path,
+        engine: Engine,
+        loader: TrainLoader,
+        loss: StageLoss,
+        state: TrainState,
+        checkpoints: RunCheckpoints,
+        signals: SignalWatch,
+    ) -> TrainLoop:
+        config = self.config
+        recorder = Recorder(self.spec, folder, context, engine) if context.is_log_rank else None
+        validation = {}
+        if config.data.valid_every > 0:
+            validation = build_validation_loaders(config, data_rank=context.data.rank, data_size=context.data.size)
+
+        def evaluate_now(state: TrainState) -> None:
+            results = evaluate.evaluate(engine, validation, validation_metrics=loss.validating)
+            if recorder is not None:
+                recorder.validation(results, state)
+
+        return TrainLoop(
+            engine,
+            loader,
+            settings=LoopSettings(
+                total_steps=config.data.total_steps,
+                beta1=config.adam.adam_beta1,
+                data_size=context.data.size,
+                valid_every=config.data.valid_every,
+                max_bad_steps=config.internlm_ds.guard.max_bad_steps,
+            ),
+            lr=LrSchedule.from_config(config),
+            beta2=Beta2Schedule.from_config(config),
+            state=state,
+            checkpoints=checkpoints,
+            step_metrics=loss.finish_step,
+            record=recorder.step if recorder is not None else lambda record: None,
+            evaluate=evaluate_now,
+            should_stop=signals.should_stop,
+        )
+
+
+def layer_entries(spec: RunSpec, context: ParallelContext, *, seed: int) -> list[LayerEntry]:
+    """The model's layers: of a known family from its blueprint, of a registered type from the user's builder."""
+    model = spec.config.model
+    dtype = getattr(torch, model.dtype)
+    if spec.arch is None:
+        keywords = model_keywords(spec.leaves, dtype=dtype)
+        return build_registered(
+            spec.config.model_type, keywords, tensor=context.tensor, pipe_size=context.pipe.size, seed=seed
+        )
+    norm_dtype = torch.float32 if spec.config.use_fp32_norm else None
+    return build_layers(spec.arch, model, tensor=context.tensor, seed=seed, dtype=dtype, norm_dtype=norm_dtype)
+
+
+def stage_bounds(spec: RunSpec, entries: Sequence[LayerEntry]) -> list[tuple[int, int]]:
+    """`(start, stop)` into the layer list for each stage."""
+    if spec.arch is not None:
+        return [chunks[0] for chunks in stage_layers(spec.arch, spec.layout)]
+    # a registered model without a blueprint: its entries are divided evenly
+    return [chunks[0] for chunks in partition_uniform(len(entries), pipe=spec.layout.pipe)]
+
+
+def set_global_state(config: Config, *, seed: int) -> None:
+    """Seeds, cuDNN flags and tf32: what torch keeps for the whole process."""
+    rng.seed_all(seed)
+    torch.backends.cudnn.benchmark = config.cudnn_benchmark
+    torch.backends.cudnn.deterministic = config.cudnn_deterministic
+    torch.backends.cuda.matmul.allow_tf32 = config.model.tf32
+    torch.backends.cudnn.allow_tf32 = config.model.tf32
+
+
+class Recorder:
+    """The log rank's output: log line, metrics.jsonl, tensorboard."""
+
+    def __init__(self, spec: RunSpec, folder: Path, context: ParallelContext, engine: Engine):
+        config = spec.config
+        self._metrics = MetricsFile(folder / "metrics.jsonl")
+        self._tensorboard = None
+        if config.enable_tb:
+            target = Path(config.tensorboard_folder) if config.tensorboard_folder else folder / "tensorboard"
+            self._tensorboard = open_tensorboard(target, queue_length=config.tensorboard.queue_max_length)
+        counted = _counted_flops(spec)
+        self._record = RecordBuilder(
+            meter=ThroughputMeter(world_size=context.layout.world_size, flops_per_step=counted["internlm"]),
+            data_size=context.data.size,
+            peak_flops=device_peak_flops(context.device),
+            model_flops_per_step=counted["model"],
+            hardware_flops_per_step=counted["hardware"],
+            world_size=context.layout.world_size,
+            micro_num=config.data.micro_num,
+            fwd_bwd_seconds=lambda: engine.fwd_bwd_seconds,
+        )
+
+    def step(self, record: StepRecord) -> None:
+        values = self._record(record)
+        if not record.outcome.applied:
+            logger.warning(
+                "batch %d: gradients are not finite (%s), the update is skipped; %d skipped so far",
+                *(record.batch.index, record.outcome.verdict.value, record.state.inf_nan_skip_batches),
+            )
+        logger.info("%s", log.format_metrics(values))
+        self._metrics.write(values)
+        if self._tensorboard is not None:
+            self._tensorboard.write(values, step_count=record.state.step_count)
+
+    def validation(self, results: dict[str, dict[str, Any]], state: TrainState) -> None:
+        evaluate.log_results(logger, results, state)
+        for name, values in results.items():
+            head = {"validation": name, "step": state.batch_count - 1, "step_count": state.step_count}
+            self._metrics.write({**head, **values})
+            if self._tensorboard is not None:
+                named = {
+                    f"val/{name}_loss": values["loss"],
+                    f"val/{name}_acc": values["acc"],
+                    f"val/{name}_plex": values["perplexity"],
+                }
+                self._tensorboard.write(named, step_count=state.step_count)
+
+
+def _counted_flops(spec: RunSpec) -> dict[str, float]:
+    """Operations of a step: as InternLM counts them, of the model alone, and with what is really recomputed."""
+    model, batch = spec.config.model, spec.batch
+
+    def count(checkpoint: float) -> float:
+        return flops_per_step(
+            checkpoint=checkpoint,
+            seq_len=batch.seq_len,
+            hidden_size=model.hidden_size,
+            num_layers=model.num_layers,
+            vocab_size=model.vocab_size,
+            global_batch_size=batch.sequences_per_step,
+            mlp_ratio=model.mlp_ratio,
+            use_swiglu=model.use_swiglu,
+        )
+
+    plain, recomputed = count(0), count(1)
+    hardware = plain + (recomputed - plain) * model.checkpoint
+    return {"internlm": count(model.checkpoint), "model": plain, "hardware": hardware}
+
+
+def log_start(context: ParallelContext, *, seed: int, launched: str) -> None:
+    """The first three of the start-up lines that the tutorial shows, with our facts."""
+    layout, coord = context.layout, context.coord
+    if context.is_log_rank:
+        logger.info(
+            "Distributed environment is initialized, data parallel size: %d, pipeline parallel size: %d, "
+            "tensor parallel size: %d",
+            *(layout.data, layout.pipe, layout.tensor),
+        )
+        logger.info(
+            "initialized seed on rank %d, numpy: %d, python random: %d, ParallelMode.DATA: %d, ParallelMode.TENSOR: %d,"
+            "the default parallel seed is ParallelMode.DATA.",
+            *(context.rank, seed, seed, seed, seed + coord.tensor + 1024 * coord.pipe),
+        )
+    stamp = time.strftime("%b%d_%H-%M-%S")
+    logger.info(
+        "===========New Run %s on host:%s,tp:%d,pp=%d,dp=%d===========",
+        *(stamp, socket.gethostname(), coord.tensor, coord.pipe, coord.data),
+    )
+
+
+def log_model(engine: Engine, plan: Plan) -> None:
+    """The tutorial's fourth line, and what this run chose."""
+    owned = sum(group["params"][0].numel() for group in engine.optimizer.param_groups)
+    sizes = [owned] * engine.zero_groups.shard_size
+    logger.info("Number of elements on ranks: %s, rank:%d", sizes, engine.global_rank)
+    logger.info(
+        "optimizer %s, parameters of this stage: %d",
+        *(type(engine.optimizer).__name__, sum(p.numel() for p in engine.module.parameters())),
+    )

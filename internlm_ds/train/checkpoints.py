@@ -1,0 +1,182 @@
+"""Between the loop, the manager (when, where) and the formats (how): collects what this rank owns and saves it.
+
+Also the other direction: puts a checkpoint's weights, optimizer state, counters, sampler and random states back, each part
+as `content` names it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any, Protocol
+
+from internlm_ds.checkpoint.formats import internlm, native
+from internlm_ds.checkpoint.manager import CheckpointManager, SaveTask, Start, plan_start
+from internlm_ds.engine import state as engine_state
+from internlm_ds.engine.engine import Engine
+from internlm_ds.errors import CheckpointError
+from internlm_ds.parallel.comm import ProcessComm
+from internlm_ds.parallel.context import ParallelContext
+from internlm_ds.runspec import RunSpec
+from internlm_ds.train import rng
+from internlm_ds.train.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+
+class Positioned(Protocol):
+    """What is asked of the loader: its place in the data."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Any) -> None: ...
+
+
+class RunCheckpoints:
+    """The checkpoints of one run; every rank has one, and calls its methods together with the others.
+
+    Raises:
+        CheckpointError: The save folder is in use by another run, or what is to be loaded does not exist.
+    """
+
+    def __init__(
+        self, engine: Engine, loader: Positioned, *, spec: RunSpec, context: ParallelContext, comm: ProcessComm
+    ):
+        self.engine, self.loader, self.spec = engine, loader, spec
+        self.context, self.comm = context, comm
+        self.stop_requested = False
+        ckpt, data = spec.config.ckpt, spec.config.data
+        self.start = plan_start(ckpt, comm=comm)
+        last_saved = self.start.step if self.start.is_resume else None
+        self.manager = CheckpointManager(ckpt, total_steps=data.total_steps, comm=comm, last_saved=last_saved)
+
+    # ---- saving ---------------------------------------------------------------------------------------------------
+
+    def after_step(self, state: TrainState, *, applied: bool) -> bool:
+        """Save if a checkpoint is due; True when the stop file asks the run to end here."""
+        task = self.manager.after_step(state.step_count)
+        self._save(task, state)
+        self.stop_requested = self.stop_requested or task.stop
+        return task.stop
+
+    def final(self, state: TrainState) -> None:
+        """The last checkpoint of the run, unless this step was saved already."""
+        self._save(self.manager.at_end(state.step_count), state)
+
+    def close(self) -> None:
+        self.manager.close()
+
+    def _save(self, task: SaveTask, state: TrainState) -> None:
+        if task.folder is None:
+            return
+        started = time.perf_counter()
+        native.save(
+            task.folder,
+            comm=self.comm,
+            weights=self._own_weights(),
+            fragments=engine_state.fragments(self.engine) if self.engine.zero_groups.replica_rank == 0 else (),
+            rng_state=rng.states(),
+            train_state=self._train_state(state),
+            config_text=self.spec.text,
+            layout=self.spec.layout,
+            arch=self.spec.arch,
+            dtype=self.spec.config.model.dtype,
+            step=state.step_count,
+        )
+        self.manager.saved(task, state.step_count)
+        if self.context.is_log_rank:
+            seconds = time.perf_counter() - started
+            logger.info("checkpoint of step %d saved to %s in %.2f s", state.step_count, task.folder, seconds)
+
+    def _own_weights(self):
+        """Each stage's weights are written by its first data-parallel rank."""
+        if self.context.data.rank == 0:
+            for name, param in self.engine.logical_parameters():
+                yield name, param.detach()
+
+    def _train_state(self, state: TrainState) -> dict[str, Any]:
+        scaler = self.engine.loss_scaler
+        position = self.loader.state_dict()
+        return {
+            **state.to_json(),
+            "num_consumed_samples_in_epoch": position.get("num_consumed_samples_in_epoch"),
+            "optimizer_updates": engine_state.num_updates(self.engine),
+            "loss_scale": None if scaler is None else scaler.state.state_dict(),
+            "sampler": position,
+        }
+
+    # ---- loading --------------------------------------------------------------------------------------------------
+
+    def restore(self, state: TrainState) -> None:
+        """Load what the run starts from into engine, loader, random generators and `state`.
+
+        Raises:
+            CheckpointError: It does not fit this run.
+        """
+        start = self.start
+        if self.context.is_log_rank:
+            for text in start.warnings:
+                logger.warning("%s", text)
+            logger.info("start: %s", start.reason)
+        if start.path is None:
+            return
+        if start.kind == "native":
+            self._restore_native(start, state)
+        else:
+            self._restore_weights_only(start)
+
+    def _restore_native(self, start: Start, state: TrainState) -> None:
+        saved = native.open(start.path, verify=False)  # plan_start has compared it with its checksums
+        values = saved.train_state
+        if "model" in start.parts:
+            engine_state.load_weights(self.engine, saved.weight)
+        if "optimizer" in start.parts:
+            self._restore_optimizer(start, saved, values)
+        elif start.refresh_masters:
+            engine_state.refresh_masters(self.engine, saved.weight)
+        if "scheduler" in start.parts:
+            state.step_count = int(values["step_count"])
+            state.inf_nan_skip_batches = int(values["inf_nan_skip_batches"])
+            state.bad_steps_in_a_row = int(values.get("bad_steps_in_a_row", 0))
+        if "sampler" in start.parts:
+            self.loader.load_state_dict(values["sampler"])
+            state.batch_count = int(values["batch_count"])
+            state.num_consumed_tokens = int(values["num_consumed_tokens"])
+        if start.is_resume and saved.layout == self.spec.layout:
+            states = saved.rng_state(self.context.rank)
+            if states is not None:
+                rng.restore(states)
+
+    def _restore_optimizer(self, start: Start, saved: native.NativeCheckpoint, values: dict[str, Any]) -> None:
+        if not saved.kinds:
+            raise CheckpointError(
+                f"{start.path} holds weights but no optimizer state; load it with "
+                'load_ckpt_info = dict(…, content=("model",))'
+            )
+        updates = int(values["optimizer_updates"])
+        engine_state.load_fragments(self.engine, saved.fragment, num_updates=updates)
+        if "model" not in start.parts:
+            # the weights of this run stay: its masters must not be those of the other one
+            engine_state.refresh_masters(self.engine)
+        scaler, held = self.engine.loss_scaler, values.get("loss_scale")
+        if scaler is not None and held is not None:
+            scaler.state.load_state_dict(held)
+            scaler.refresh()
+
+    def _restore_weights_only(self, start: Start) -> None:
+        """InternLM's own files: merged over their tensor and pipeline ranks, at whatever layout this run has."""
+        if self.spec.arch is None:
+            raise CheckpointError(
+                f"model_type = {self.spec.config.model_type!r} has no table of parameters that the InternLM "
+                f"checkpoint {start.path} could be matched with; load a native checkpoint instead"
+            )
+        if start.kind != "internlm":
+            raise CheckpointError(
+                f"{start.path} is a checkpoint of type {start.kind!r}, which this version cannot train from; "
+                "it trains from native and InternLM checkpoints"
+            )
+        weights = internlm.read_weights(
+            start.path, arch=self.spec.arch, mlp_names=self.spec.config.internlm_ds.compat.mlp_names
+        )
+        engine_state.load_weights(self.engine, weights.__getitem__)
+        engine_state.refresh_masters(self.engine, weights.__getitem__)

@@ -1,0 +1,84 @@
+"""`launch/pretrain.py` from the command line to an exit code: everything on paper first, then the training itself.
+
+Errors of configuration, layout, translation and machine show up here, before any process group exists. What needs torch is in
+`assemble`, imported only when there is something to train, so that `--dry-run` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+from internlm_ds.errors import ConfigError, InternlmDsError, guarded
+from internlm_ds.parallel.environment import LaunchFacts, detect
+from internlm_ds.plan import Plan, describe, render
+from internlm_ds.runspec import RunSpec, resolve
+from internlm_ds.train.options import Options, parse
+from internlm_ds.translate import Translation, translate
+
+# the launchers end a job as soon as one rank has ended: the others wait this long for rank 0 to say why
+SILENT_RANK_WAIT_S = 3.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `pretrain.py` and return the exit code of the process."""
+    options = parse(argv)
+    return guarded(lambda: _run(options))
+
+
+def _run(options: Options) -> int:
+    facts = detect(options.launcher, host=options.host, port=options.port, local_rank=options.local_rank)
+    groups_exist = False
+    try:
+        spec, translation, plan = on_paper(options, facts)
+        if options.dry_run:
+            print(render(plan))
+            _print_warnings(spec, translation)
+            return 0
+        from internlm_ds.train.assemble import prepare
+
+        training = prepare(options, facts, spec=spec, translation=translation, plan=plan)
+        if facts.rank == 0:
+            _print_warnings(spec, translation)
+        groups_exist = True
+        return training.run()
+    except InternlmDsError as error:
+        if facts.rank == 0 or (groups_exist and not error.on_all_ranks):
+            raise
+        time.sleep(SILENT_RANK_WAIT_S)
+        return error.exit_code
+
+
+def on_paper(options: Options, facts: LaunchFacts) -> tuple[RunSpec, Translation, Plan]:
+    """Load, resolve, translate and plan; raises everything that can be known without a process group."""
+    world_size = _world_size(options, facts)
+    spec = resolve(options.config, overrides=options.set, world_size=world_size)
+    translation = translate(spec, overlays=options.overlay)
+    return spec, translation, describe(spec, translation)
+
+
+def _world_size(options: Options, facts: LaunchFacts) -> int:
+    if options.dry_run:
+        if options.world_size is not None:
+            return options.world_size
+        if facts.launcher == "python":
+            raise ConfigError(
+                "--dry-run plans for a number of ranks: give --world-size N, or start it with the launcher that will run it"
+            )
+        return facts.world_size
+    if options.world_size not in (None, facts.world_size):
+        raise ConfigError(
+            f"--world-size {options.world_size} belongs to --dry-run; {facts.world_size} "
+            f"process{'es were' if facts.world_size > 1 else ' was'} started. Start others with "
+            f"`deepspeed --num_accelerators {options.world_size} launch/pretrain.py …`"
+        )
+    return facts.world_size
+
+
+def _print_warnings(spec: RunSpec, translation: Translation) -> None:
+    for text in (*spec.warnings, *translation.warnings):
+        print(f"warning: {text}", file=sys.stderr)
+    if os.environ.get("INTERNLM_DS_DEBUG") == "1":
+        print(f"resolved {len(spec.leaves)} values of {spec.path}", file=sys.stderr)

@@ -1,0 +1,40 @@
+"""The run directory: its place, and the four files that say what was asked of this run."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from internlm_ds.monitor.sinks import strict
+from internlm_ds.parallel.comm import ProcessComm
+from internlm_ds.runspec import RunSpec
+from internlm_ds.translate import Translation
+
+
+def launch_time(comm: ProcessComm) -> str:
+    """Rank 0's clock, `11-24-03.39.44`, the same on every rank."""
+    return comm.broadcast(time.strftime("%m-%d-%H.%M.%S"))
+
+
+def place(run_dir: str | None, *, job_name: str, launched: str) -> Path:
+    """`--run-dir`, or `RUN/{JOB_NAME}/{launch time}` below the current folder."""
+    return Path(run_dir) if run_dir else Path("RUN") / job_name / launched
+
+
+def write(folder: Path, *, spec: RunSpec, translation: Translation) -> None:
+    """Write config.py, resolved.json, ds_config.json and translation.json; rank 0 alone calls it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.py").write_text(spec.text, encoding="utf-8")
+    resolved = {
+        leaf.key: {"value": leaf.value, "origin": leaf.origin, "line": leaf.line, "file": leaf.file, "note": leaf.note}
+        for leaf in spec.leaves
+    }
+    _write_json(folder / "resolved.json", resolved)
+    _write_json(folder / "ds_config.json", translation.ds_config)
+    _write_json(folder / "translation.json", [note.to_json() for note in translation.notes])
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(strict(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")

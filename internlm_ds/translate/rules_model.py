@@ -1,0 +1,268 @@
+"""Rules for the model, its precision, and how it is laid over ranks; and for the two dicts a user may add."""
+
+from __future__ import annotations
+
+from internlm_ds.config.schema import Leaf
+from internlm_ds.translate.rules import (
+    Facts,
+    Rule,
+    Verdict,
+    always,
+    approximate,
+    exact,
+    native,
+    neutral,
+    no_effect,
+    refused,
+)
+
+FAMILIES_LATER = ("INTERNLM2_PUBLIC", "LLAMA2", "INTERNLM_MoE")
+ONE_TENSOR_RANK = "one tensor rank holds everything whole"
+DENSE = "a dense model has no experts"
+
+
+MODEL_WORDS = {
+    "num_layers": "blocks of our model, divided over stages as InternLM divides them",
+    "hidden_size": "width of our model",
+    "vocab_size": "rows of embedding and head",
+    "num_attention_heads": "heads of our attention",
+    "mlp_ratio": "width of the MLP, rounded up to a multiple of 256",
+    "embed_split_hidden": "name and split of the embedding, as in InternLM's checkpoints",
+    "embed_grad_scale": "shrinks the gradient of embedding and head alone",
+    "norm_type": "our norms, computed in fp32",
+    "layer_norm_epsilon": "epsilon of our norms",
+    "drop_rate": "our dropout; masks come from this run's own seeded generator",
+    "attn_drop_rate": "dropout of attention weights; masks come from this run's own seeded generator",
+    "residual_in_fp32": "whether the residual stream is kept in fp32",
+    "use_scaled_init": "spread of the initial output matrices",
+    "use_swiglu": "SwiGLU, or the plain GELU MLP",
+    "rope_base": "our rotary embedding",
+    "max_position_embeddings": "length beyond which the dynamic rotary base grows",
+    "use_dynamic_ntk_rope": "our rotary embedding",
+}
+
+
+# ---- model ----------------------------------------------------------------------------------------
+
+
+def _model_type(leaf: Leaf, facts: Facts) -> Verdict:
+    if leaf.value in FAMILIES_LATER:
+        return refused("this model family is not built in this version; INTERNLM is, and types of your own registry")
+    if facts.spec.arch is None:
+        return native("built by the function registered under this name")
+    return native("our model, layer by layer a DeepSpeed PipelineModule")
+
+
+def _dtype(leaf: Leaf, facts: Facts) -> Verdict:
+    sums = facts.ds_config["data_types"]["grad_accum_dtype"]
+    dtype = facts.config.model.dtype
+    if dtype == "float16":
+        return exact("fp16.enabled", f"gradients accumulate in {sums}")
+    if dtype == "bfloat16":
+        return exact("bf16.enabled", f"gradients accumulate in {sums}")
+    tf32 = "with tf32 matrix products, " if facts.config.model.tf32 else ""
+    return native(f"fp32 {tf32}needs no precision section; gradients accumulate in {sums}")
+
+
+def _recompute(leaf: Leaf, facts: Facts) -> Verdict:
+    if not leaf.value:
+        return native("nothing is recomputed", "pipeline.activation_checkpoint_interval")
+    return native(
+        "the first int(blocks * fraction) blocks of each stage recompute inside themselves; DeepSpeed's interval, "
+        "which knows no fraction, stays 0",
+        "pipeline.activation_checkpoint_interval",
+    )
+
+
+def _flash(leaf: Leaf, facts: Facts) -> Verdict:
+    if not leaf.value:
+        return native("torch's own attention; data is unpacked unless data.use_packed_dataset says otherwise")
+    if facts.config.model.dtype == "float32":
+        return approximate("attention stays fp32; InternLM's flash attention casts queries, keys and values to bf16")
+    return native("the fastest attention at hand: flash-attn, else torch's own; equal up to rounding")
+
+
+def _selective(leaf: Leaf, facts: Facts) -> Verdict:
+    if facts.config.model.checkpoint == 1 and leaf.value:
+        return no_effect("model.checkpoint recomputes whole blocks, norms and dropout among them")
+    return native("dropout and norms recompute themselves" if leaf.value else "dropout and norms keep what they need")
+
+
+def _size_or_switch(leaf: Leaf, facts: Facts) -> Verdict:
+    if facts.spec.arch is None:
+        return native("keyword of the model's builder")
+    return native(MODEL_WORDS.get(leaf.key.removeprefix("model."), "read by our model"))
+
+
+def _only_v1(*values: object, what: str) -> Rule:
+    """Rule of a key that InternLM v1's builder lacks: harmless where neutral or where another builder takes it."""
+
+    def rule(leaf: Leaf, facts: Facts) -> Verdict:
+        if facts.spec.arch is None:
+            return native("given to the model's builder")
+        if leaf.value in values:
+            return no_effect(f"neutral; InternLM v1 has no {what}")
+        return refused(f"InternLM v1 has no {what}")
+
+    return rule
+
+
+def _kv_heads(leaf: Leaf, facts: Facts) -> Verdict:
+    if facts.spec.arch is None:
+        return native("given to the model's builder")
+    if leaf.value in (None, facts.config.model.num_attention_heads):
+        return no_effect("InternLM v1 has as many key/value heads as heads")
+    return refused(
+        f"InternLM v1 has as many key/value heads as heads ({facts.config.model.num_attention_heads}); "
+        "grouped heads come with another model family"
+    )
+
+
+def _one_rank(leaf: Leaf, facts: Facts) -> Verdict:
+    """A key that only says how the tensor axis is used."""
+    if facts.config.parallel.tensor.size == 1:
+        return no_effect(ONE_TENSOR_RANK)
+    return no_effect("it only says how tensor ranks share their work, and parallel.tensor is refused")
+
+
+def _moe(*values: object) -> Rule:
+    return neutral(*values, off=DENSE, on=refused("mixtures of experts are not built in this version"))
+
+
+def _fp32_part(what: str) -> Rule:
+    def rule(leaf: Leaf, facts: Facts) -> Verdict:
+        if not leaf.value:
+            return no_effect("switched off")
+        if facts.config.model.dtype == "float32" and not facts.config.model.tf32:
+            return no_effect("the whole model is fp32")
+        return refused(f"{what} is not built in this version; remove the key or set it to False")
+
+    return rule
+
+
+# ---- parallel -------------------------------------------------------------------------------------
+
+
+def _zero1(leaf: Leaf, facts: Facts) -> Verdict:
+    layout, target = facts.spec.layout, "zero_optimization.stage"
+    if layout.zero == layout.data:
+        return exact(target, f"stage 1 over all {layout.data} data-parallel ranks")
+    if layout.zero == 1:
+        return native(
+            f"no sharding: stage 1 in groups of one rank, gradients averaged over the {layout.data} data-parallel "
+            "ranks by our engine",
+            target,
+        )
+    return refused(
+        f"optimizer states shared by {layout.zero} of {layout.data} data-parallel ranks are not built in this version; "
+        f"write -1 (all {layout.data}) or 1 (no sharing)"
+    )
+
+
+def _tensor(leaf: Leaf, facts: Facts) -> Verdict:
+    if leaf.value in (None, 1):
+        return no_effect(ONE_TENSOR_RANK)
+    return refused("tensor parallelism is not built in this version; write 1")
+
+
+def _weight(leaf: Leaf, facts: Facts) -> Verdict:
+    if leaf.value in (None, 1):
+        return no_effect("no weight parallelism")
+    return refused("weight parallelism (isp) is not built in this version; write 1")
+
+
+def _sequence_parallel(leaf: Leaf, facts: Facts) -> Verdict:
+    if not leaf.value or facts.config.parallel.tensor.size == 1:
+        return no_effect(f"{ONE_TENSOR_RANK}: there is nothing to split the sequence over")
+    return refused("sequence parallelism is not built in this version; write False")
+
+
+def _pipeline(leaf: Leaf, facts: Facts) -> Verdict:
+    stages = facts.spec.layout.pipe
+    return native(f"DeepSpeed's pipeline engine over {stages} stage{'s' * (stages > 1)}, bounds as InternLM's")
+
+
+def _interleaved(leaf: Leaf, facts: Facts) -> Verdict:
+    return no_effect("it overlaps the messages of several chunks per stage; there is one (model.num_chunks = 1)")
+
+
+# ---- the two dicts a user may add -----------------------------------------------------------------
+
+
+def deepspeed_rule(leaf: Leaf, facts: Facts) -> Verdict:
+    return exact(leaf.key.removeprefix("deepspeed."), "DeepSpeed's own key, merged over the translation")
+
+
+RULES: dict[str, Rule] = {
+    "model_type": _model_type,
+    "model.dtype": _dtype,
+    "model.checkpoint": _recompute,
+    "model.use_flash_attn": _flash,
+    "model.parallel_output": _one_rank,
+    "model.num_chunks": neutral(
+        1,
+        off="one chunk per stage",
+        on=refused("the interleaved schedule is not built in this version; write 1"),
+    ),
+    "model.apply_post_layer_norm": neutral(
+        False,
+        off="norms come before attention and MLP",
+        on=refused("InternLM v1 has no such block (InternLM itself ignores the key there); write False"),
+    ),
+    "model.is_reward": neutral(
+        False, off="a language model", on=refused("reward models are not built in this version; write False")
+    ),
+    "model.dropout_selective_checkpoint": _selective,
+    "model.num_kv_attention_heads": _kv_heads,
+    "model.no_bias": _only_v1(False, None, what="switch for its attention biases"),
+    "model.adapt_hf": _only_v1(None, True, what="other order of rotary pairs"),
+    "model.norm_head": _only_v1(False, None, what="normalised head"),
+    "model.deepnorm": _only_v1(False, None, what="DeepNorm"),
+    "model.num_experts": _moe(1, None),
+    "model.moe_use_residual": _moe(False, None),
+    "model.moe_type": always(no_effect(DENSE)),
+    "moe.*": always(no_effect(DENSE)),
+    "moe": always(no_effect(DENSE)),
+    "model.*": _size_or_switch,
+    "use_fp32_norm": _fp32_part("an fp32 norm beside half-precision weights"),
+    "output_tf32": _fp32_part("an fp32 head beside half-precision weights"),
+    "parallel.zero1": _zero1,
+    "parallel.zero1.size": _zero1,
+    "parallel.zero1.fsdp": neutral(
+        False, off="no fully sharded data parallelism", on=refused("fsdp is not built in this version; write False")
+    ),
+    "parallel.tensor": _tensor,
+    "parallel.tensor.size": _tensor,
+    "parallel.tensor.mode": _one_rank,
+    "parallel.pipeline": _pipeline,
+    "parallel.pipeline.size": _pipeline,
+    "parallel.pipeline.interleaved_overlap": _interleaved,
+    "parallel.weight": _weight,
+    "parallel.weight.size": _weight,
+    "parallel.weight.overlap": always(no_effect("no weight parallelism")),
+    "parallel.weight.memory_pool": always(no_effect("no weight parallelism")),
+    "parallel.sequence_parallel": _sequence_parallel,
+    "parallel.gqa": always(no_effect("it only makes one more process group in InternLM")),
+    "SEQ_LEN": always(no_effect("value used by the file; shapes of pipeline messages follow from data.*")),
+    "HIDDEN_SIZE": always(no_effect("value used by the file; shapes of pipeline messages follow from model.*")),
+    "TENSOR_SHAPE": always(no_effect("shapes of pipeline messages follow from data.* and model.*")),
+    "deepspeed.*": deepspeed_rule,
+    "internlm_ds.compat.*": always(native("our switch back to the reference's way")),
+    "internlm_ds.guard.*": always(native("our training guard")),
+    "internlm_ds.compile": neutral(
+        False, off="not compiled", on=refused("torch.compile is not built in this version; write False")
+    ),
+    "internlm_ds.pipeline_schedule": neutral(
+        "1f1b", off="DeepSpeed's 1F1B", on=refused('other schedules are not built in this version; write "1f1b"')
+    ),
+    "internlm_ds.data_weights": neutral(
+        None,
+        off="data types are mixed as they lie in data.train_folder",
+        on=refused("weighted data types are not built in this version; remove it"),
+    ),
+    "internlm_ds.pipeline_bounds": neutral(
+        None,
+        off="stages are cut as InternLM cuts them",
+        on=refused("own bounds are not built in this version; remove it"),
+    ),
+}

@@ -1,0 +1,180 @@
+"""`internlm-ds generate`: a continuation on stdout, and every way in which it can fail."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import sentencepiece
+import torch
+
+from internlm_ds.arch import internlm
+from internlm_ds.checkpoint.formats import native
+from internlm_ds.cli.main import main
+from internlm_ds.config.schema import ModelConfig
+from internlm_ds.generate.run import load_model
+from internlm_ds.layout.ranks import Layout
+from internlm_ds.model.layers import LanguageModel, build_layers
+from internlm_ds.parallel.context import Axis
+
+VOCAB = 300
+MODEL = dict(num_layers=2, hidden_size=16, vocab_size=VOCAB, num_attention_heads=2, mlp_ratio=2.0, dtype="bfloat16")
+CONFIG = f"""
+JOB_NAME = "tiny"
+ckpt = dict(enable_save_ckpt=False)
+data = dict(seq_len=8, total_steps=2, train_folder=None)
+hybrid_zero_optimizer = dict(reduce_bucket_size=1000, clip_grad_norm=1.0)
+adam = dict(lr=1e-3, adam_beta1=0.9, adam_beta2=0.95, adam_eps=1e-8, weight_decay=0.01)
+lr_scheduler = dict(total_steps=2)
+beta2_scheduler = dict(init_beta2=0.95)
+parallel = dict(zero1=-1)
+model = dict({", ".join(f"{k}={v!r}" for k, v in MODEL.items() if k != "dtype")}, dtype="torch.bfloat16")
+"""
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    prefix = tmp_path_factory.mktemp("tokenizer") / "tiny"
+    text = [f"the quick brown fox number {i} jumps over the lazy dog {i * i}" for i in range(200)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text),
+        model_prefix=str(prefix),
+        vocab_size=VOCAB,
+        model_type="bpe",
+        byte_fallback=True,
+        hard_vocab_limit=False,
+        add_dummy_prefix=False,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    return f"{prefix}.model"
+
+
+def save(folder, *, config_text=CONFIG, **switches):
+    config = ModelConfig(**MODEL | switches)
+    arch = internlm.build(config)
+    model = LanguageModel(build_layers(arch, config, tensor=Axis.single("tensor"), seed=1, dtype=torch.bfloat16))
+    weights = [(name, parameter.detach()) for name, parameter in model.named_logical_parameters()]
+    state = {"step_count": 7}
+    native.save(
+        folder,
+        weights=weights,
+        train_state=state,
+        config_text=config_text,
+        layout=Layout(),
+        arch=arch,
+        dtype="bfloat16",
+        step=7,
+    )
+    return model, folder
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    return save(tmp_path_factory.mktemp("run") / "7")
+
+
+def run(*args, env=None):
+    return subprocess.run(
+        [sys.executable, "-m", "internlm_ds.cli.main", "generate", *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+    )
+
+
+def test_continuation(saved, tokenizer):
+    _, folder = saved
+    options = ("--prompt", "the quick", "--max-new-tokens", 8, "--seed", 3)
+    first = run(folder, "--tokenizer", tokenizer, *options)
+    assert first.returncode == 0, first.stderr
+    assert first.stdout.startswith("the quick") and len(first.stdout) > len("the quick\n")
+    second = run(f"local:{folder}", *options, env={"INTERNLM_DS_TOKENIZER": tokenizer})
+    assert second.stdout == first.stdout
+
+
+def test_weights_are_the_saved_ones(saved):
+    model, folder = saved
+    loaded, arch = load_model(str(folder), device="cpu")
+    assert arch.vocab_size == VOCAB and not loaded.training
+    for (name, found), (_, expected) in zip(loaded.named_logical_parameters(), model.named_logical_parameters()):
+        assert found.dtype == torch.float32 and torch.equal(found, expected.float()), name
+
+
+@pytest.fixture
+def fails(capsys):
+    """Runs the command within this process (torch is loaded already) and looks for words in its error."""
+
+    def check(args, *words):
+        assert main(["generate", *map(str, args)]) == 2
+        printed = capsys.readouterr()
+        assert printed.out == ""
+        for word in words:
+            assert word in printed.err
+
+    return check
+
+
+def test_no_checkpoint(tmp_path, tokenizer):
+    result = run(tmp_path, "--tokenizer", tokenizer, "--prompt", "a")
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr.startswith("CheckpointError: ") and "manifest.json" in result.stderr
+
+
+def test_no_tokenizer(saved, fails, monkeypatch):
+    monkeypatch.delenv("INTERNLM_DS_TOKENIZER", raising=False)
+    fails([saved[1], "--prompt", "a"], "no tokenizer model", "--tokenizer")
+
+
+def test_object_store(tokenizer, fails):
+    args = ["boto3:s3://bucket/7", "--tokenizer", tokenizer, "--prompt", "a"]
+    fails(args, "reads local folders only; copy the checkpoint to this machine first")
+
+
+def test_empty_prompt(saved, tokenizer, fails):
+    fails([saved[1], "--tokenizer", tokenizer, "--prompt", ""], "the prompt has no tokens; give --prompt a text")
+
+
+def test_larger_tokenizer(tmp_path, tokenizer, fails):
+    _, folder = save(tmp_path / "7", vocab_size=280, config_text=CONFIG.replace(str(VOCAB), "280"))
+    fails(
+        [folder, "--tokenizer", tokenizer, "--prompt", "a"],
+        "pieces, the model's vocabulary 280: give the tokenizer that its data was made with",
+    )
+
+
+def test_config_of_another_model(tmp_path, tokenizer, fails):
+    _, folder = save(tmp_path / "7", mlp_ratio=17.0)
+    fails(
+        [folder, "--tokenizer", tokenizer, "--prompt", "a"],
+        "config.py and the weights differ in 6 parameters, first in blocks.0.mlp.w1.weight: [256, 16]",
+    )
+
+
+def test_other_families(tmp_path, tokenizer, fails):
+    _, folder = save(tmp_path / "7", config_text=CONFIG + 'model_type = "LLAMA2"\n')
+    fails(
+        [folder, "--tokenizer", tokenizer, "--prompt", "a"],
+        "generate cannot run model_type 'LLAMA2' yet; it runs INTERNLM",
+    )
+
+
+def test_broken_config(tmp_path, tokenizer, fails):
+    _, folder = save(tmp_path / "7", config_text=CONFIG.replace("num_layers", "num_layer"))
+    fails([folder, "--tokenizer", tokenizer, "--prompt", "a"], "ConfigError", "num_layer")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--temperature", "-1", "is no temperature; give a number, 0 or more"),
+        ("--top-p", "0", "is no probability; give a number above 0, up to 1"),
+        ("--max-new-tokens", "-3", "is negative; give a number of tokens, 0 or more"),
+        ("--seed", "x", "invalid int value"),
+    ],
+)
+def test_options_are_checked(option, value, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate", "anywhere", "--prompt", "a", option, value])
+    assert stopped.value.code == 2 and message in capsys.readouterr().err

@@ -1,0 +1,81 @@
+"""Layers over a tensor axis of size 1 are the plain layers; larger axes are refused."""
+
+import pytest
+import torch
+from torch import nn
+
+from internlm_ds.errors import LayoutError
+from internlm_ds.parallel.collectives import share
+from internlm_ds.parallel.context import Axis
+from internlm_ds.parallel.cross_entropy import mean_cross_entropy
+from internlm_ds.parallel.embedding import HiddenSplitEmbedding, VocabSplitEmbedding
+from internlm_ds.parallel.linear import ColumnParallelLinear, RowParallelLinear, scale_gradient
+
+ONE, TWO = Axis.single("tensor"), Axis("tensor", size=2)
+
+
+def filled(module):
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter)
+    return module
+
+
+@pytest.mark.parametrize("layer", [ColumnParallelLinear, RowParallelLinear])
+@pytest.mark.parametrize("bias", [True, False])
+def test_linear_is_a_linear(layer, bias):
+    module, x = filled(layer(8, 12, tensor=ONE, bias=bias)), torch.randn(5, 8)
+    torch.testing.assert_close(module(x), nn.functional.linear(x, module.weight, module.bias))
+    assert (module.bias is not None) == bias
+
+
+@pytest.mark.parametrize("layer", [ColumnParallelLinear, RowParallelLinear])
+def test_linear_casts_its_input_to_the_weights_dtype(layer):
+    assert filled(layer(8, 12, tensor=ONE, dtype=torch.bfloat16))(torch.randn(5, 8)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("layer", "name"), [(HiddenSplitEmbedding, "weight"), (VocabSplitEmbedding, "word_embeddings.weight")]
+)
+def test_embedding_is_an_embedding(layer, name):
+    module, tokens = filled(layer(10, 4, tensor=ONE)), torch.tensor([3, 0, 3])
+    assert [n for n, _ in module.named_parameters()] == [name]
+    torch.testing.assert_close(module(tokens), next(module.parameters())[tokens])
+
+
+@pytest.mark.parametrize("layer", [HiddenSplitEmbedding, VocabSplitEmbedding])
+def test_embedding_gradient_is_scaled_and_its_value_is_not(layer):
+    gradients = []
+    for scale in (1.0, 0.25):
+        module = filled(layer(10, 4, tensor=ONE, grad_scale=scale))
+        out = module(torch.tensor([3, 1]))
+        torch.testing.assert_close(out, next(module.parameters())[[3, 1]])
+        out.sum().backward()
+        gradients.append(next(module.parameters()).grad)
+    torch.testing.assert_close(gradients[1], gradients[0] * 0.25)
+
+
+def test_scale_gradient_of_one_is_the_tensor_itself():
+    x = torch.randn(3)
+    assert scale_gradient(x, 1.0) is x
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: ColumnParallelLinear(8, 12, tensor=TWO),
+        lambda: RowParallelLinear(8, 12, tensor=TWO),
+        lambda: HiddenSplitEmbedding(8, 12, tensor=TWO),
+        lambda: VocabSplitEmbedding(8, 12, tensor=TWO),
+        lambda: mean_cross_entropy(torch.zeros(1, 2), torch.zeros(1).long(), tensor=TWO),
+    ],
+)
+def test_larger_axes_are_refused(build):
+    with pytest.raises(LayoutError, match=r"parallel.tensor = 2: this version does not split layers.*use tensor=1"):
+        build()
+
+
+def test_share_must_divide():
+    assert share(12, TWO, what="width") == 6
+    with pytest.raises(LayoutError, match=r"model.hidden_size = 9 does not divide by parallel.tensor = 2"):
+        share(9, TWO, what="model.hidden_size")

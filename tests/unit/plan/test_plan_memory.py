@@ -1,0 +1,55 @@
+"""Memory formulas: what a block keeps is compared with what autograd saves; the rest with the arithmetic of the notes."""
+
+from __future__ import annotations
+
+import pytest
+
+from internlm_ds.arch import internlm
+from internlm_ds.config.schema import ModelConfig
+from internlm_ds.plan import memory
+
+torch = pytest.importorskip("torch")
+
+
+def saved_bytes(model: ModelConfig, *, lengths: list[int]) -> int:
+    """Bytes of all storages that autograd keeps for one block, parameters and the integers of the batch left out."""
+    from internlm_ds.model.layers import build_layers
+    from internlm_ds.parallel.context import Axis
+
+    dtype = getattr(torch, model.dtype)
+    entries = build_layers(internlm.build(model), model, tensor=Axis.single("tensor"), seed=0, dtype=dtype)
+    block = entries[1].build(False)
+    cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
+    hidden = torch.randn(sum(lengths), model.hidden_size).to(dtype).requires_grad_()
+    params = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    kept: dict[int, object] = {}
+
+    def pack(tensor):  # type: ignore[no-untyped-def]
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in params and tensor.is_floating_point():
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = block((hidden, cu))
+    return sum(storage.nbytes() for storage in kept.values())  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("selective", [True, False])
+@pytest.mark.parametrize("lengths", [[64, 64], [48, 80]])
+def test_block_bytes_is_what_autograd_keeps(dtype: str, selective: bool, lengths: list[int]) -> None:
+    model = ModelConfig(
+        num_layers=1,
+        hidden_size=128,
+        vocab_size=64,
+        num_attention_heads=4,
+        mlp_ratio=8 / 3,
+        dtype=dtype,
+        dropout_selective_checkpoint=selective,
+    )
+    arch = internlm.build(model)
+    planned = memory.block_bytes(arch, model, tokens=sum(lengths))
+    real = saved_bytes(model, lengths=lengths)
+    print(dtype, selective, lengths, planned, real, real / planned)
+    assert 0.85 * planned <= real <= 1.02 * planned
