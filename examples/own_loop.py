@@ -31,8 +31,9 @@ def train(spec: runspec.RunSpec, context: ParallelContext, *, steps: int) -> Ite
     layers = build_layers(spec.arch, config.model, tensor=Axis.single("tensor"), seed=1024, dtype=torch.float32)
     model = LanguageModel(layers)
     adam = config.adam
+    betas = (adam.adam_beta1, adam.adam_beta2)
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=adam.lr, betas=(adam.adam_beta1, adam.adam_beta2), weight_decay=adam.weight_decay
+        model.parameters(), lr=adam.lr, betas=betas, eps=adam.adam_eps, weight_decay=adam.weight_decay
     )
     ds_config = {
         "train_micro_batch_size_per_gpu": 1,  # an item of the data set is a whole micro-batch already

@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a checkout works without being installed
 
-from internlm_ds.train.run import main  # noqa: E402
+from internlm_ds.train.run import main
 
 if __name__ == "__main__":
     sys.exit(main())

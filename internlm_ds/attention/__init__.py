@@ -1,0 +1,1 @@
+"""Causal attention over the segments of a packed micro-batch: borders, backends, and the choice among them."""

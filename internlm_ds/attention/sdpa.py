@@ -22,8 +22,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, dropout: floa
     q, k, v = (x.transpose(0, 1) for x in (q, k, v))  # (N, T, D)
     parts = []
     for start, stop in zip(segments.borders, segments.borders[1:]):
-        piece = (x[None, :, start:stop] for x in (q, k, v))
-        parts.append(_causal(*piece, dropout)[0])
+        rows = slice(start, stop)
+        parts.append(_causal(q[None, :, rows], k[None, :, rows], v[None, :, rows], dropout)[0])
     return torch.cat(parts, dim=1).transpose(0, 1)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from internlm_ds.checkpoint import manifest as manifests
-from internlm_ds.checkpoint.formats.internlm import MODEL_FILE, STEP_FILE
+from internlm_ds.checkpoint.formats.internlm import MODEL_FILE, OTHER_SPLIT, STEP_FILE
 from internlm_ds.errors import CheckpointError
 
 Format = Literal["native", "internlm", "hf"]
@@ -42,7 +42,7 @@ def detect(folder: str | Path) -> Format | None:
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if manifests.NAME in names:
         return "native"
-    if any(MODEL_FILE.fullmatch(name) for name in names):
+    if any(MODEL_FILE.fullmatch(name) or OTHER_SPLIT.fullmatch(name) for name in names):
         return "internlm"
     if "config.json" in names and any(_HF_WEIGHTS.fullmatch(name) for name in names):
         return "hf"

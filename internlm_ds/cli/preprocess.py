@@ -34,8 +34,8 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
     """Options of both text commands."""
     _add_tokenizer_option(parser)
     on_off = argparse.BooleanOptionalAction
-    for piece in ("bos", "eos"):
-        about = f"put the {piece} piece around each sample (default: off; on with --compat reference)"
+    for piece, where in (("bos", "before"), ("eos", "behind")):
+        about = f"put the {piece} piece {where} each sample (default: off; on with --compat reference)"
         parser.add_argument(f"--{piece}", action=on_off, default=None, help=about)
     about = "field of JSON records that holds the text (default: text, then content)"
     parser.add_argument("--text-key", "--text_key", metavar="KEY", help=about)

@@ -7,6 +7,7 @@ in `keys`; what depends on the model's shape or on the number of processes is ch
 from __future__ import annotations
 
 import math
+import os
 from typing import Any
 
 from internlm_ds.config import schema
@@ -109,6 +110,10 @@ def _top_values(reader: Reader) -> dict[str, Any]:
     for name, field_name in TOP_NAMES.items():
         rule, default = TOP.rules[field_name], TOP.default(field_name)
         typed[field_name] = reader.value((name,), rule, default, reader.values.get(name, MISSING))
+    for name in ("tensorboard_folder", "resume_tb_folder"):
+        if name not in reader.values and os.environ.get(name):
+            typed[name] = os.environ[name]
+            reader.derive(name, typed[name], f"from the environment variable {name}, as in InternLM")
     for name, legacy in TOP_LEGACY.items():
         if name in reader.values:
             reader.flatten((name,), reader.values[name], note=legacy.note)
@@ -284,10 +289,13 @@ def _grad_scaler(reader: Reader, sections: dict[str, str]) -> schema.GradScalerC
 def _optimizer(reader: Reader, sections: dict[str, str]) -> schema.HybridZeroOptimizerConfig:
     values = _read(reader, sections, "hybrid_zero_optimizer")
     old = values.pop("zero_overlap_communication", None)
-    if old is not None and not reader.given("hybrid_zero_optimizer.overlap_sync_grad"):
+    if old is not None:
+        name, old_name = "hybrid_zero_optimizer.overlap_sync_grad", "hybrid_zero_optimizer.zero_overlap_communication"
+        if reader.given(name) and values["overlap_sync_grad"] != old:
+            reader.warnings.append(f"{old_name} = {old} wins over {name}, its new name: write one of them")
+        # as InternLM reads it: the old name overwrites the new one
         values["overlap_sync_grad"] = old
-        note = "from hybrid_zero_optimizer.zero_overlap_communication, its old name"
-        reader.derive("hybrid_zero_optimizer.overlap_sync_grad", old, note)
+        reader.derive(name, old, f"{old} from {old_name}, its old name")
     return schema.HybridZeroOptimizerConfig(**values)
 
 

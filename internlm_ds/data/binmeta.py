@@ -300,8 +300,11 @@ class Writer:
                 raise DataFormatError(message, path=str(self.path), line=len(offsets))
 
 
-def check_output(path: str | os.PathLike[str], *, append: bool, overwrite: bool) -> None:
+def check_output(path: str | os.PathLike[str], *, append: bool, overwrite: bool, can_append: bool = True) -> None:
     """Refuse an output that would be lost, or that cannot be a file.
+
+    Args:
+        can_append: The caller has an `--append` to offer.
 
     A meta without its bin is what an interrupted writer leaves: it is replaced.
     """
@@ -310,7 +313,8 @@ def check_output(path: str | os.PathLike[str], *, append: bool, overwrite: bool)
     if os.path.isdir(path):
         raise DataFormatError("the output is a folder; name a file in it, such as out.bin", path=os.fspath(path))
     if os.path.exists(path) and not (append or overwrite):
-        raise DataFormatError("the output exists; --append adds to it, --overwrite replaces it", path=os.fspath(path))
+        ways = "--append adds to it, --overwrite replaces it" if can_append else "--overwrite replaces it"
+        raise DataFormatError(f"the output exists; {ways}", path=os.fspath(path))
 
 
 def _as_int64(values: array[int]) -> IntArray:

@@ -15,6 +15,7 @@ import deepspeed
 import deepspeed.ops
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.utils import logger as deepspeed_logger
 
@@ -68,6 +69,11 @@ def build(
     if config.model.dtype == "float16":
         engine.install_loss_scale(DynamicLossScale.from_config(config.grad_scaler))
     return engine
+
+
+def cpu_computes_fp16() -> bool:
+    """DeepSpeed's own condition for fp16 without a GPU: does torch's CPU library have fp16 matrix products?"""
+    return bool(get_accelerator().is_fp16_supported())
 
 
 def adopt_process_groups() -> None:

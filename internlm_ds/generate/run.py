@@ -15,6 +15,7 @@ from internlm_ds import config as configs
 from internlm_ds.arch.spec import ModelArch
 from internlm_ds.checkpoint.address import parse
 from internlm_ds.checkpoint.formats import native
+from internlm_ds.config.schema import Config
 from internlm_ds.errors import CheckpointError, ConfigError, TokenizerError
 from internlm_ds.generate.sampling import sample
 from internlm_ds.model.layers import LanguageModel, build_layers
@@ -92,7 +93,7 @@ def _local_path(folder: str) -> Path:
     return address.local_path
 
 
-def _config_of(checkpoint: native.NativeCheckpoint) -> configs.Config:
+def _config_of(checkpoint: native.NativeCheckpoint) -> Config:
     loaded = configs.load(checkpoint.folder / native.CONFIG)
     if loaded.config is None or loaded.problems:
         raise ConfigError(loaded.problems, path=str(checkpoint.folder / native.CONFIG))

@@ -216,10 +216,12 @@ def _model_text(run: Run) -> str | None:
 
 
 def _params_text(run: Run) -> str | None:
-    if run.num_params is None:
+    if run.num_params is not None:
+        return f"{run.num_params:,}"
+    if run.num_stage_elements is None:
         return None
     split = run.layout is not None and (run.layout[1] > 1 or run.layout[2] > 1)
-    return f"{run.num_params:,}" + (" on the stage and tensor rank that wrote the log" if split else "")
+    return f"{run.num_stage_elements:,}" + (" on the stage and tensor rank that wrote the log" if split else "")
 
 
 def _layout_text(run: Run) -> str | None:

@@ -21,6 +21,7 @@ from internlm_ds.monitor.log import parse_line
 METRICS_FILE = "metrics.jsonl"
 _NEW_RUN = "===========New Run"
 _SIZES = re.compile(r"data parallel size: (\d+), pipeline parallel size: (\d+), tensor parallel size: (\d+)")
+_PARAMS = re.compile(r"parameters of the whole model: (\d+)")
 _ELEMENTS = re.compile(r"Number of elements on ranks: \[([\d, ]+)\]")
 
 
@@ -36,7 +37,8 @@ class Run:
         resolved: Values of resolved.json by dotted key; empty without that file.
         job_name: `JOB_NAME`, else the folder's name.
         layout: Sizes of data, pipeline and tensor parallelism, if the log tells them.
-        num_params: Elements the optimizer holds, if the log tells them (of one tensor rank and stage).
+        num_params: Parameters of the whole model, if the log tells them.
+        num_stage_elements: Elements that the optimizers of one stage and tensor rank hold, if the log tells them.
         notes: What was odd about the files.
     """
 
@@ -48,6 +50,7 @@ class Run:
     job_name: str
     layout: tuple[int, int, int] | None
     num_params: int | None
+    num_stage_elements: int | None
     notes: tuple[str, ...]
 
     def column(self, key: str) -> list[float | None]:
@@ -98,6 +101,7 @@ def read_run(folder: str | Path) -> Run:
         job_name=str(resolved.get("JOB_NAME") or _job_name(folder / "config.py") or folder.resolve().name),
         layout=log.layout,
         num_params=log.num_params,
+        num_stage_elements=log.num_stage_elements,
         notes=tuple(notes),
     )
 
@@ -173,23 +177,26 @@ class _LogFacts:
     resumes: tuple[int, ...] = ()
     layout: tuple[int, int, int] | None = None
     num_params: int | None = None
+    num_stage_elements: int | None = None
 
     @classmethod
     def read(cls, path: Path) -> _LogFacts:
         resumes: list[int] = []
-        layout, num_params, launches, waiting = None, None, 0, False
+        layout, num_params, elements, launches, waiting = None, None, None, 0, False
         for line in _lines(path):
             if _NEW_RUN in line:
                 launches, waiting = launches + 1, True
             elif match := _SIZES.search(line):
                 layout = (int(match[1]), int(match[2]), int(match[3]))
             elif match := _ELEMENTS.search(line):
-                num_params = sum(int(text) for text in match[1].split(","))
+                elements = sum(int(text) for text in match[1].split(","))
+            elif match := _PARAMS.search(line):
+                num_params = int(match[1])
             elif waiting and (step := parse_line(line)) is not None:
                 waiting = False
                 if launches > 1:
                     resumes.append(int(step.metrics["step"]))
-        return cls(tuple(resumes), layout, num_params)
+        return cls(tuple(resumes), layout, num_params, elements)
 
 
 def _lines(path: Path) -> Iterator[str]:

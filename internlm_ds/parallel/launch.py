@@ -57,6 +57,11 @@ def write_environment(facts: LaunchFacts) -> None:
     )
     os.environ.setdefault("CROSS_RANK", str(facts.rank // max(1, facts.local_size)))
     os.environ.setdefault("CROSS_SIZE", str(max(1, facts.world_size // max(1, facts.local_size))))
+    choose_accelerator()
+
+
+def choose_accelerator() -> None:
+    """Tell DeepSpeed that this machine computes on its CPU; it would guess so too, with a warning."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 

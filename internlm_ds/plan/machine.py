@@ -59,7 +59,7 @@ class MachineFacts:
             devices = f"{self.gpu_count} GPU{'s' * (self.gpu_count > 1)} of {gigabytes(self.gpu_memory_bytes)}"
         else:
             devices = f"no GPU, {gigabytes(self.host_memory_bytes)} of memory"
-        return f"{devices}, {self.world_size} process{'es' * (self.world_size > 1)}"
+        return f"{devices}, {_counted(self.world_size)}"
 
 
 def resolve_here(
@@ -87,8 +87,7 @@ def resolve_here(
     found = [*obstacles(spec, describe(spec, translation), facts), *extra]
     if not found:
         return spec, translation
-    hint = suggestion(path, facts, overrides=overrides, overlays=overlays)
-    raise MachineError([*found, _hint(hint)], path=f"{path} on this machine ({facts.words})")
+    raise error_of(path, facts, found, works=suggestion(path, facts, overrides=overrides, overlays=overlays))
 
 
 def obstacles(spec: RunSpec, plan: Plan, facts: MachineFacts) -> list[Problem]:
@@ -136,6 +135,18 @@ def shipped_config() -> str | None:
     return os.path.relpath(found) if found.exists() else None
 
 
+def error_of(path: str | Path, facts: MachineFacts, found: Sequence[Problem], *, works: str | None) -> MachineError:
+    """One error with every obstacle, and under them the arguments that work here."""
+    count = len(found)
+    lines = [f"{path} cannot run on this machine ({facts.words}): {count} obstacle{'s' * (count > 1)}"]
+    lines += [f"  {problem}" for problem in found]
+    launcher = "python" if facts.world_size == 1 else "the same launcher with"
+    lines.append(f"this works here: {launcher} launch/pretrain.py {works}" if works else "nothing smaller was found")
+    error = MachineError("\n".join(lines), path=str(path))
+    error.problems = tuple(found)
+    return error
+
+
 # ---- obstacles ------------------------------------------------------------------------------------
 
 
@@ -162,14 +173,14 @@ def _axes(spec: RunSpec, config: Config, facts: MachineFacts) -> Iterator[Proble
     data = world // (pipe * tensor)
     if zero > 0 and data % zero:
         good = ", ".join(map(str, divisors(data)))
-        message = f"must divide data parallel = {data} ({world} processes here); possible: {good}, or -1 for all of it"
+        message = f"must divide data parallel = {data} ({_counted(world)} here); possible: {good}, or -1 for all of it"
         yield Problem("parallel.zero1", message, zero, _line(spec, "parallel.zero1.size", "parallel.zero1"))
 
 
 def _memory(spec: RunSpec, config: Config, plan: Plan, facts: MachineFacts) -> Iterator[Problem]:
     if not plan.stages:
         return
-    need, parts = _need(spec, config, facts)
+    need, parts = _need(spec, config, plan, facts)
     have = facts.gpu_memory_bytes if facts.gpu_count else facts.host_memory_bytes // facts.local
     if need > have:
         where = "its GPU" if facts.gpu_count else "host memory"
@@ -177,14 +188,12 @@ def _memory(spec: RunSpec, config: Config, plan: Plan, facts: MachineFacts) -> I
         yield Problem("memory", message, has_value=False)
 
 
-def _need(spec: RunSpec, config: Config, facts: MachineFacts) -> tuple[int, str]:
+def _need(spec: RunSpec, config: Config, plan: Plan, facts: MachineFacts) -> tuple[int, str]:
     """Bytes that the fullest rank needs here, and its three largest parts in words.
 
     The plan that was made may be for more ranks than there are: it is made again for the ranks of this launch.
     """
-    ds_config = translate(spec).ds_config
-    layout = _layout_here(config, facts)
-    stages = stage_memory(spec, config, ds_config, layout=layout)
+    stages = stage_memory(spec, config, plan.ds_config, layout=_layout_here(config, facts))
     fullest = max(stages, key=lambda stage: stage.peak_bytes)
     need = fullest.peak_bytes
     if not facts.gpu_count:
@@ -252,12 +261,6 @@ def _works(path: str | Path, facts: MachineFacts, overrides: Sequence[str], over
     return not [problem for problem in obstacles(spec, plan, facts) if problem.key != "processes"]
 
 
-def _hint(works: str | None) -> Problem:
-    if works is None:
-        return Problem("what works here", "nothing smaller was found; write a smaller configuration", has_value=False)
-    return Problem("what works here", f"python launch/pretrain.py {works}", has_value=False)
-
-
 def _resolve_somewhere(path: str | Path, *, overrides: Sequence[str], world_size: int) -> RunSpec:
     """Resolved for the processes there are, else for as many as the configuration asks for.
 
@@ -274,6 +277,10 @@ def _resolve_somewhere(path: str | Path, *, overrides: Sequence[str], world_size
             return runspec.resolve(path, overrides=overrides, world_size=smallest_world_size(config.parallel))
         except (ConfigError, LayoutError):
             raise error from None
+
+
+def _counted(processes: int) -> str:
+    return f"{processes} process{'es' * (processes > 1)}"
 
 
 def _line(spec: RunSpec, *keys: str) -> int | None:

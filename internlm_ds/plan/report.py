@@ -6,7 +6,7 @@ The numbers come from `layout`, `memory` and `compute`; whether this machine can
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,6 +53,7 @@ class Plan:
         stages: Memory of one rank of each pipeline stage; empty when unknown.
         flops_per_step: On all ranks together, by InternLM's formula.
         total_steps: Batches of the run.
+        ds_config: What DeepSpeed gets; sizes of buffers and dtypes of sums follow from it.
         limit_bytes: Memory of the card it is held against.
         alternatives: Changes that need less, for a run that does not fit.
     """
@@ -65,6 +66,7 @@ class Plan:
     stages: tuple[StageMemory, ...]
     flops_per_step: float
     total_steps: int
+    ds_config: Mapping[str, Any]
     limit_bytes: int = CARD_BYTES
     alternatives: tuple[Alternative, ...] = ()
 
@@ -91,13 +93,14 @@ def describe(spec: RunSpec, translation: Translation, *, limit_bytes: int = CARD
         stages=stage_memory(spec, config, translation.ds_config),
         flops_per_step=_flops(config, spec.batch),
         total_steps=config.data.total_steps,
+        ds_config=translation.ds_config,
         limit_bytes=limit_bytes,
     )
     return plan if plan.fits else replace(plan, alternatives=tuple(_alternatives(spec, translation)))
 
 
 def stage_memory(
-    spec: RunSpec, config: Config, ds_config: dict[str, Any], *, layout: Layout | None = None
+    spec: RunSpec, config: Config, ds_config: Mapping[str, Any], *, layout: Layout | None = None
 ) -> tuple[StageMemory, ...]:
     """Memory of every stage, on the run's own layout or another one; empty for a registered model type."""
     if spec.arch is None:
@@ -156,7 +159,7 @@ def _alternatives(spec: RunSpec, translation: Translation) -> Iterator[Alternati
         yield Alternative("--overlay ds_configs/overlays/offload_optimizer_cpu.json", _peak(spec, config, other))
 
 
-def _peak(spec: RunSpec, config: Config, ds_config: dict[str, Any]) -> int:
+def _peak(spec: RunSpec, config: Config, ds_config: Mapping[str, Any]) -> int:
     return max(stage.peak_bytes for stage in stage_memory(spec, config, ds_config))
 
 

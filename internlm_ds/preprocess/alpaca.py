@@ -137,7 +137,7 @@ def tokenize_alpaca(
         raise DataFormatError(f"--split-ratio {split_ratio}: a share between 0 and 1, such as 0.1")
     paths = [Path(output) / share / "en" / "dataset.bin" for share in ("train", "valid")]
     for path in paths:
-        check_output(path, append=False, overwrite=overwrite)
+        check_output(path, append=False, overwrite=overwrite, can_append=False)
     ids = chat_ids(tokenizer, eoh=eoh, eoa=eoa, compat=compat)
     for name, number in (("eoh", ids.eoh), ("eoa", ids.eoa)):
         if number >= tokenizer.vocab_size:

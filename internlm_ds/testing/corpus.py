@@ -39,7 +39,7 @@ def documentation() -> Iterator[tuple[str, str]]:
                 yield from _read(path, name)
 
 
-def pieces(texts: Iterable[tuple[str, str]], *, max_chars: int, piece_chars: int = 4000) -> list[str]:
+def pieces(texts: Iterable[tuple[str, str]], *, max_chars: int, piece_chars: int = 2000) -> list[str]:
     """Texts cut at line ends into pieces, each once, in an order that follows no alphabet, `max_chars` in all.
 
     >>> pieces([("a", "one\\ntwo\\n"), ("b", "one\\n")], max_chars=8, piece_chars=4)

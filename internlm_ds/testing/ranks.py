@@ -64,7 +64,9 @@ def _start(where: tuple[str, str, str], layout: Layout, args: tuple[Any, ...], *
     processes, pipes = [], []
     for rank in range(layout.world_size):
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_rank_main, args=(theirs, where, layout, rank, store, timeout_s, args), daemon=True)
+        process = context.Process(
+            target=_rank_main, args=(theirs, where, layout, rank, store, timeout_s, args), daemon=True
+        )
         process.start()
         theirs.close()
         processes.append(process)

@@ -16,11 +16,14 @@ from typing import Any
 
 import torch
 
+from internlm_ds.arch.spec import ModelArch
+from internlm_ds.checkpoint.manager import plan_start
+from internlm_ds.config import load
 from internlm_ds.config.schema import Config
 from internlm_ds.data.loader import TrainLoader, build_train_loader, build_validation_loaders
-from internlm_ds.engine.build import build
+from internlm_ds.engine.build import build, cpu_computes_fp16
 from internlm_ds.engine.engine import Engine
-from internlm_ds.errors import MachineError
+from internlm_ds.errors import CheckpointError, MachineError, Problem
 from internlm_ds.layout.stages import partition_uniform, stage_layers
 from internlm_ds.model.layers import LayerEntry, build_layers
 from internlm_ds.model.registry import build_registered, model_keywords
@@ -32,9 +35,9 @@ from internlm_ds.parallel.comm import ProcessComm
 from internlm_ds.parallel.context import ParallelContext
 from internlm_ds.parallel.environment import LaunchFacts
 from internlm_ds.parallel.launch import initialize, shut_down
-from internlm_ds.plan import Plan
+from internlm_ds.plan import Plan, describe
 from internlm_ds.plan.compute import flops_per_step
-from internlm_ds.plan.machine import MachineFacts, obstacles, suggestion
+from internlm_ds.plan.machine import MachineFacts, resolve_here
 from internlm_ds.runspec import RunSpec
 from internlm_ds.train import evaluate, rng, rundir
 from internlm_ds.train.checkpoints import RunCheckpoints
@@ -48,19 +51,37 @@ from internlm_ds.translate import Translation
 logger = logging.getLogger(__name__)
 
 
-def prepare(
-    options: Options, facts: LaunchFacts, *, spec: RunSpec, translation: Translation, plan: Plan
-) -> Training:
-    """Check the machine; no process group yet.
+def prepare(options: Options, facts: LaunchFacts) -> Training:
+    """Everything that can fail for the user before a process group exists.
 
     Raises:
+        ConfigError, TranslationError: The file is wrong, or asks for what cannot be honoured.
         MachineError: All obstacles of this machine, with what would work here.
+        CheckpointError: The checkpoint to start from does not exist.
     """
     machine = machine_facts(facts, backend=options.backend)
-    found = obstacles(spec, plan, machine)
-    if found:
-        raise MachineError([*found], path=str(spec.path), advice=suggestion(spec, plan, machine))
-    return Training(options, facts, spec, translation, plan)
+    missing = _missing_checkpoint(options)
+    try:
+        spec, translation = resolve_here(options.config, facts=machine, overrides=options.set, overlays=options.overlay)
+    except MachineError:
+        if not missing:
+            raise
+        resolve_here(options.config, facts=machine, overrides=options.set, overlays=options.overlay, extra=missing)
+        raise
+    if missing:
+        raise CheckpointError(str(missing[0]))
+    return Training(options, facts, spec, translation, describe(spec, translation))
+
+
+def _missing_checkpoint(options: Options) -> list[Problem]:
+    """The obstacle that the checkpoint a run is told to start from is not there."""
+    config = load(options.config, options.set).config
+    if config is None:
+        return []
+    start = plan_start(config, dry_run=True)
+    if start.path is None or start.kind is not None:
+        return []
+    return [Problem("ckpt", f"{start.warnings[0]}; give a folder that exists, or remove the key", has_value=False)]
 
 
 def machine_facts(facts: LaunchFacts, *, backend: str | None) -> MachineFacts:
@@ -68,19 +89,12 @@ def machine_facts(facts: LaunchFacts, *, backend: str | None) -> MachineFacts:
     gpus = 0 if backend == "gloo" else torch.cuda.device_count()
     return MachineFacts(
         gpu_count=gpus,
-        gpu_memory_bytes=torch.cuda.get_device_properties(0).total_memory if gpus else None,
+        gpu_memory_bytes=min((torch.cuda.get_device_properties(i).total_memory for i in range(gpus)), default=0),
         host_memory_bytes=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         world_size=facts.world_size,
-        local_size=facts.local_size,
-        fp16_ok=bool(gpus) or _cpu_does_fp16(),
+        fp16_ok=bool(gpus) or cpu_computes_fp16(),
+        processes_here=facts.local_size,
     )
-
-
-def _cpu_does_fp16() -> bool:
-    """DeepSpeed's own question: does this CPU's matrix library compute in fp16?"""
-    from deepspeed.accelerator import get_accelerator
-
-    return bool(get_accelerator().is_fp16_supported())
 
 
 @dataclass
@@ -128,7 +142,9 @@ class Training:
         try:
             checkpoints.restore(state)
             if context.is_log_rank:
-                log_model(engine, self.plan)
+                for text in LrSchedule.from_config(self.config).warnings:
+                    logger.warning("%s", text)
+                log_model(engine, self.spec.arch)
             finished = self._loop(context, folder, engine, loader, loss, state, checkpoints, signals).run()
         finally:
             loader.close()
@@ -160,7 +176,9 @@ class Training:
         signals: SignalWatch,
     ) -> TrainLoop:
         config = self.config
-        recorder = Recorder(self.spec, folder, context, engine) if context.is_log_rank else None
+        recorder = (
+            Recorder(self.spec, folder, context, engine, first_step=state.step_count) if context.is_log_rank else None
+        )
         validation = {}
         if config.data.valid_every > 0:
             validation = build_validation_loaders(config, data_rank=context.data.rank, data_size=context.data.size)
@@ -224,13 +242,15 @@ def set_global_state(config: Config, *, seed: int) -> None:
 class Recorder:
     """The log rank's output: log line, metrics.jsonl, tensorboard."""
 
-    def __init__(self, spec: RunSpec, folder: Path, context: ParallelContext, engine: Engine):
+    def __init__(self, spec: RunSpec, folder: Path, context: ParallelContext, engine: Engine, *, first_step: int):
         config = spec.config
         self._metrics = MetricsFile(folder / "metrics.jsonl")
         self._tensorboard = None
         if config.enable_tb:
             target = Path(config.tensorboard_folder) if config.tensorboard_folder else folder / "tensorboard"
-            self._tensorboard = open_tensorboard(target, queue_length=config.tensorboard.queue_max_length)
+            self._tensorboard = open_tensorboard(
+                target, queue_length=config.tensorboard.queue_max_length, purge_step=first_step
+            )
         counted = _counted_flops(spec)
         self._record = RecordBuilder(
             meter=ThroughputMeter(world_size=context.layout.world_size, flops_per_step=counted["internlm"]),
@@ -311,11 +331,13 @@ def log_start(context: ParallelContext, *, seed: int, launched: str) -> None:
     )
 
 
-def log_model(engine: Engine, plan: Plan) -> None:
+def log_model(engine: Engine, arch: ModelArch | None) -> None:
     """The tutorial's fourth line, and what this run chose."""
     owned = sum(group["params"][0].numel() for group in engine.optimizer.param_groups)
     sizes = [owned] * engine.zero_groups.shard_size
     logger.info("Number of elements on ranks: %s, rank:%d", sizes, engine.global_rank)
+    if arch is not None:
+        logger.info("parameters of the whole model: %d", arch.num_params)
     logger.info(
         "optimizer %s, parameters of this stage: %d",
         *(type(engine.optimizer).__name__, sum(p.numel() for p in engine.module.parameters())),

@@ -46,7 +46,7 @@ class RunCheckpoints:
         self.context, self.comm = context, comm
         self.stop_requested = False
         ckpt, data = spec.config.ckpt, spec.config.data
-        self.start = plan_start(ckpt, comm=comm)
+        self.start = plan_start(spec.config, comm=comm)
         last_saved = self.start.step if self.start.is_resume else None
         self.manager = CheckpointManager(ckpt, total_steps=data.total_steps, comm=comm, last_saved=last_saved)
 

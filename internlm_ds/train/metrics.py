@@ -60,10 +60,24 @@ class StageLoss:
 
 
 # what `monitor.log` and metrics.jsonl share, in InternLM's order; the rest of a record follows
-TUTORIAL_KEYS = (
-    "tflops step loss tgs lr loss_scale grad_norm micro_num num_consumed_tokens inf_nan_skip_batches num_samples_in_batch "
-    "largest_length largest_batch smallest_batch adam_beta2 fwd_bwd_time"
-).split()
+TUTORIAL_KEYS = [
+    "tflops",
+    "step",
+    "loss",
+    "tgs",
+    "lr",
+    "loss_scale",
+    "grad_norm",
+    "micro_num",
+    "num_consumed_tokens",
+    "inf_nan_skip_batches",
+    "num_samples_in_batch",
+    "largest_length",
+    "largest_batch",
+    "smallest_batch",
+    "adam_beta2",
+    "fwd_bwd_time",
+]
 
 
 class RecordBuilder:

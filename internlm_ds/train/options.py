@@ -45,10 +45,14 @@ def parser() -> argparse.ArgumentParser:
     )
     add = p.add_argument
     add("--config", required=True, metavar="FILE", help="an InternLM Python configuration")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override by dotted path or top-level constant")
     add(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override by dotted path or top-level constant"
+        "--overlay",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="DeepSpeed JSON or YAML merged over the translation",
     )
-    add("--overlay", action="append", default=[], metavar="FILE", help="DeepSpeed JSON or YAML merged over the translation")
     add("--run-dir", metavar="DIR", help="where this run writes (default RUN/JOB_NAME/launch time)")
     add("--launcher", choices=["auto", "deepspeed", "torch", "slurm"], default="auto", help="who started the processes")
     add("--seed", type=int, default=DEFAULT_SEED, help="seed of weights and random streams (default %(default)s)")

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from internlm_ds.errors import ConfigError, InternlmDsError, guarded
 from internlm_ds.parallel.environment import LaunchFacts, detect
-from internlm_ds.plan import Plan, describe, render
+from internlm_ds.plan import describe, render
 from internlm_ds.runspec import RunSpec, resolve
 from internlm_ds.train.options import Options, parse
 from internlm_ds.translate import Translation, translate
@@ -32,16 +32,17 @@ def _run(options: Options) -> int:
     facts = detect(options.launcher, host=options.host, port=options.port, local_rank=options.local_rank)
     groups_exist = False
     try:
-        spec, translation, plan = on_paper(options, facts)
+        world_size = _world_size(options, facts)
         if options.dry_run:
-            print(render(plan))
-            _print_warnings(spec, translation)
-            return 0
+            return _dry_run(options, world_size)
+        from internlm_ds.parallel.launch import choose_accelerator
+
+        choose_accelerator()  # before anything imports deepspeed, which looks for a device at once
         from internlm_ds.train.assemble import prepare
 
-        training = prepare(options, facts, spec=spec, translation=translation, plan=plan)
+        training = prepare(options, facts)
         if facts.rank == 0:
-            _print_warnings(spec, translation)
+            _print_warnings(training.spec, training.translation)
         groups_exist = True
         return training.run()
     except InternlmDsError as error:
@@ -51,12 +52,13 @@ def _run(options: Options) -> int:
         return error.exit_code
 
 
-def on_paper(options: Options, facts: LaunchFacts) -> tuple[RunSpec, Translation, Plan]:
-    """Load, resolve, translate and plan; raises everything that can be known without a process group."""
-    world_size = _world_size(options, facts)
+def _dry_run(options: Options, world_size: int) -> int:
+    """Load, resolve, translate, plan and print; torch is not imported."""
     spec = resolve(options.config, overrides=options.set, world_size=world_size)
     translation = translate(spec, overlays=options.overlay)
-    return spec, translation, describe(spec, translation)
+    print(render(describe(spec, translation)))
+    _print_warnings(spec, translation)
+    return 0
 
 
 def _world_size(options: Options, facts: LaunchFacts) -> int:

@@ -33,7 +33,7 @@ def write(folder: Path, *, spec: RunSpec, translation: Translation) -> None:
     }
     _write_json(folder / "resolved.json", resolved)
     _write_json(folder / "ds_config.json", translation.ds_config)
-    _write_json(folder / "translation.json", [note.to_json() for note in translation.notes])
+    _write_json(folder / "translation.json", [note.as_json() for note in translation.notes])
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -74,7 +74,7 @@ def examine(spec: RunSpec, *, overlays: Sequence[str | Path] = ()) -> tuple[Tran
     base = ds_config_of(spec)
     merged, overlay_problems = overlay.apply(base, spec=spec, files=overlays)
     facts = Facts(spec, merged)
-    notes, warnings, problems = [], list(spec.warnings), []
+    notes, warnings, problems = [], [], []
     for leaf in spec.leaves:
         clash = overlay.covering(overlay_problems, leaf.key)
         verdict = refused(clash.message) if clash else _verdict(leaf, facts)

@@ -20,10 +20,17 @@ CASES = case_folders("e2e", "expected.json")
 FAMILIES = {"INTERNLM"}
 
 RELATIVE = {"loss": 1e-5, "grad_norm": 1e-5, "lr_used": 1e-9, "lr": 1e-9, "adam_beta2": 1e-9, "loss_scale": 1e-9}
-EXACT = (
-    "step step_count micro_num num_consumed_tokens inf_nan_skip_batches num_samples_in_batch largest_length largest_batch "
-    "smallest_batch"
-).split()
+EXACT = [
+    "step",
+    "step_count",
+    "micro_num",
+    "num_consumed_tokens",
+    "inf_nan_skip_batches",
+    "num_samples_in_batch",
+    "largest_length",
+    "largest_batch",
+    "smallest_batch",
+]
 METRIC_ABSOLUTE = 1.5e-4  # the reference rounds metrics to 4 decimals
 WEIGHT_SUM_SQ_RELATIVE = 1e-5
 
@@ -70,7 +77,13 @@ def _expected(case: Path) -> dict:
 
 
 def _train(case: Path, folder: Path, *, ranks: int, overrides: list[str] = ()) -> list[dict]:
-    script = [str(REPOSITORY / "launch" / "pretrain.py"), "--config", str(case / "config.py"), "--run-dir", str(folder / "run")]
+    script = [
+        str(REPOSITORY / "launch" / "pretrain.py"),
+        "--config",
+        str(case / "config.py"),
+        "--run-dir",
+        str(folder / "run"),
+    ]
     for text in overrides:
         script += ["--set", text]
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []

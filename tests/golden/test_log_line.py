@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import ast
 import re
-from itertools import pairwise
 
+import numpy as np
 import pytest
 from cases import golden, read_json
 
+from internlm_ds.data.collate import BatchStats
+from internlm_ds.data.packing import Pack
 from internlm_ds.monitor.log import LINE_KEYS, LONG_NAMES, format_metrics, parse_line
 from internlm_ds.monitor.sinks import TensorboardSink
 from internlm_ds.monitor.throughput import ThroughputMeter
@@ -50,12 +52,13 @@ def test_batch_numbers_of_the_line(cases):
         for batch, line in zip(case["batches"], case["lines"], strict=True):
             consumed += _tokens(batch) * case["config"]["dp"]
             expected = _apart(line)
-            borders = batch["cu_seqlens"]
-            counts = [len(row) - 1 for row in borders]
+            stats = BatchStats.of([_pack(borders) for borders in batch["cu_seqlens"]])
             assert expected["num_consumed_tokens"] == consumed
-            assert expected["num_samples_in_batch"] == sum(counts)
-            assert (expected["largest_batch"], expected["smallest_batch"]) == (max(counts), min(counts))
-            assert expected["largest_length"] == max(b - a for row in borders for a, b in pairwise(row))
+            assert expected["num_samples_in_batch"] == stats.num_samples
+            assert expected["largest_length"] == stats.largest_length
+            assert expected["largest_batch"] == stats.largest_batch
+            assert expected["smallest_batch"] == stats.smallest_batch
+            assert expected["micro_num"] == stats.num_packs
             assert expected["fwd_bwd_time"] == round(batch["fwd_bwd"], 2)
 
 
@@ -113,6 +116,11 @@ def _meter(case: dict) -> tuple[ThroughputMeter, list[float]]:
 def _tokens(batch: dict) -> int:
     """Tokens of a batch on one rank."""
     return sum(borders[-1] for borders in batch["cu_seqlens"])
+
+
+def _pack(borders: list[int]) -> Pack:
+    blank = np.zeros(borders[-1], dtype=np.int64)
+    return Pack(tokens=blank, labels=blank, cu_seqlens=np.array(borders, dtype=np.int32), type_ids=blank)
 
 
 def _apart(line: str) -> dict:

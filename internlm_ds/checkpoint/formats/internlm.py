@@ -29,6 +29,7 @@ from internlm_ds.layout.stages import partition_uniform
 log = logging.getLogger(__name__)
 
 MODEL_FILE = re.compile(r"model_tp(\d+)_pp(\d+)\.pt$")
+OTHER_SPLIT = re.compile(r"model_tp\d+_(wp\d+_pp\d+|pp\d+_dp\d+)\.pt$")
 STEP_FILE = re.compile(r"(\d+)\.step$")
 MLP_NAMES = ("2023", "2024")
 _NAME = re.compile(r"(?:(\d+)\.)?(?:model\.)?(?:(blocks|layers)\.(\d+)\.)?(.+)$")

@@ -26,6 +26,7 @@ from internlm_ds.arch.spec import ModelArch
 from internlm_ds.checkpoint import manifest as manifests
 from internlm_ds.checkpoint import tensorfile, train_state
 from internlm_ds.checkpoint.agree import Comm, Solo, collect, on_first_rank
+from internlm_ds.checkpoint.completeness import check_fragments, check_parameters, check_visible
 from internlm_ds.checkpoint.manifest import Manifest, StoredFragment, StoredParameter
 from internlm_ds.checkpoint.storage.base import Storage
 from internlm_ds.checkpoint.storage.local import LocalStorage
@@ -220,9 +221,9 @@ def _finish(
     parameters = [p for report in reports for p in report.parameters]
     fragments = [f for report in reports for f in report.fragments]
     problems = [
-        *_check_parameters(parameters, arch=arch),
-        *_check_fragments(fragments, {p.name: _numel(p.shape) for p in parameters}),
-        *_check_visible(folder, files),
+        *check_parameters(parameters, arch=arch),
+        *check_fragments(fragments, {p.name: torch.Size(p.shape).numel() for p in parameters}),
+        *check_visible(folder, files),
     ]
     if problems:
         raise CheckpointError(
@@ -236,58 +237,6 @@ def _finish(
         files=dict(sorted(files.items())),
     )
     tensorfile.write_bytes(folder / manifests.NAME, manifests.render(whole).encode())
-
-
-def _numel(shape: Iterable[int]) -> int:
-    return int(torch.Size(shape).numel())
-
-
-def _check_parameters(parameters: list[StoredParameter], *, arch: ModelArch | None) -> list[str]:
-    """Every parameter once, in the blueprint's shape."""
-    counts: dict[str, int] = defaultdict(int)
-    for parameter in parameters:
-        counts[parameter.name] += 1
-    problems = [f"{name}: written by {count} ranks" for name, count in counts.items() if count > 1]
-    if arch is None:
-        return problems
-    shapes = {spec.name: tuple(spec.shape) for spec in arch.iter_params()}
-    problems += [f"{name}: written by no rank" for name in shapes if name not in counts]
-    problems += [f"{p.name}: the model has no such parameter" for p in parameters if p.name not in shapes]
-    return problems + [
-        f"{p.name}: shape {list(p.shape)}, the model has {list(shapes[p.name])}"
-        for p in parameters
-        if p.name in shapes and shapes[p.name] != p.shape
-    ]
-
-
-def _check_fragments(fragments: list[StoredFragment], numels: dict[str, int]) -> list[str]:
-    """The fragments of a kind, if there are any, cover every parameter once."""
-    by_kind: dict[str, dict[str, list[StoredFragment]]] = defaultdict(lambda: defaultdict(list))
-    for fragment in fragments:
-        by_kind[fragment.kind][fragment.name].append(fragment)
-    problems = []
-    for kind, by_name in by_kind.items():
-        problems += [f"{kind} of {name}: no such parameter" for name in by_name if name not in numels]
-        for name, numel in numels.items():
-            problems += _check_cover(kind, name, by_name.get(name, []), numel=numel)
-    return problems
-
-
-def _check_cover(kind: str, name: str, fragments: list[StoredFragment], *, numel: int) -> list[str]:
-    covered = 0
-    for fragment in sorted(fragments, key=lambda f: f.start):
-        if fragment.start != covered:
-            what = "missing" if fragment.start > covered else "written twice"
-            low, high = sorted((covered, fragment.start))
-            return [f"{kind} of {name}: elements {low} to {high} are {what}"]
-        covered = fragment.stop
-    return [] if covered == numel else [f"{kind} of {name}: {covered} elements of {numel} were written"]
-
-
-def _check_visible(folder: Path, files: dict[str, FileRecord]) -> list[str]:
-    """Rank 0 sees what the others wrote: not so if the folder is not shared between machines."""
-    missing = [name for name in files if not (folder / name).exists()]
-    return [f"{name}: rank 0 does not see it; is {folder.parent} shared by all machines?" for name in missing]
 
 
 def open(folder: str | Path, *, verify: bool = True, comm: Comm | None = None) -> NativeCheckpoint:

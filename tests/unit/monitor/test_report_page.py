@@ -25,6 +25,9 @@ def test_facts_of_a_run(tmp_path):
     assert known["Configuration"] == "demo_job"
     assert known["Layout"] == "data 2 · pipeline 1 · tensor 1 (2 ranks)"
     assert known["Parameters"] == "300"
+    with (folder / "train.log").open("a") as file:
+        file.write(PREFIX + "parameters of the whole model: 1234567\n")
+    assert facts(read_run(folder))["Parameters"] == "1,234,567"
     assert (known["First loss"], known["Last loss"]) == ("4.0000", "2.0000 (50% of the first)")
     assert known["Tokens"] == "3,000"
     assert (known["Batches"], known["Updates skipped"], known["Resumed at"]) == ("3 (0 to 2)", "none", "never")

@@ -130,7 +130,7 @@ def test_reference_ids_outside_the_model_are_warned_of(run):
 
 def test_existing_output_is_an_error(run):
     run([record(0)])
-    with pytest.raises(DataFormatError, match=r"train/en/dataset\.bin: the output exists"):
+    with pytest.raises(DataFormatError, match=r"train/en/dataset\.bin: the output exists; --overwrite replaces it"):
         run([record(0)])
     run([record(0)], overwrite=True)
 

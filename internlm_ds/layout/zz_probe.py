@@ -1,0 +1,2 @@
+"""x"""
+def f(a): return a + 1

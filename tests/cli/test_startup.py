@@ -1,0 +1,63 @@
+"""`internlm-ds --help` answers in a blink: it imports the command line and nothing that is heavy."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+
+LIMIT_S = 0.3
+HEAVY = ("numpy", "torch", "deepspeed", "sentencepiece", "numba", "yaml", "boto3")
+HELP = [sys.executable, "-m", "internlm_ds.cli.main", "--help"]
+
+
+def run_help() -> str:
+    done = subprocess.run(HELP, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_help_answers_in_a_blink():
+    run_help()  # Python's caches are warm from here on
+
+    def seconds() -> float:
+        started = time.perf_counter()
+        run_help()
+        return time.perf_counter() - started
+
+    assert statistics.median(seconds() for _ in range(3)) < LIMIT_S
+
+
+def test_help_imports_nothing_heavy():
+    script = (
+        "import json, sys\n"
+        "from internlm_ds.cli.main import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print(json.dumps(sorted({name.split('.')[0] for name in sys.modules})))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    loaded = set(json.loads(done.stdout.splitlines()[-1]))
+    assert not loaded.intersection(HEAVY)
+
+
+def test_help_names_every_command_that_exists_and_no_other():
+    from pathlib import Path
+
+    import internlm_ds.cli
+    from internlm_ds.cli.main import COMMANDS
+
+    folder = Path(internlm_ds.cli.__file__).parent
+    exists = {path.stem.replace("_", "-") for path in folder.glob("*.py")} - {"--init--", "main"}
+    assert set(COMMANDS) == exists
+    shown = run_help()
+    assert all(name in shown for name in COMMANDS)
+
+
+def test_unknown_command_is_wrong_usage():
+    done = subprocess.run([*HELP[:-1], "convert-confg"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "invalid choice: 'convert-confg'" in done.stderr

@@ -1,0 +1,49 @@
+"""Our writer of safetensors against the library's reader."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from internlm_ds.checkpoint import tensorfile
+from internlm_ds.errors import CheckpointDamagedError
+
+
+def test_library_reads_what_we_write(tmp_path):
+    flat = torch.arange(12, dtype=torch.float32)
+    tensors = {
+        "a": flat[2:8],
+        "b": flat[8:],
+        "half": torch.randn(3, 4).to(torch.bfloat16).t(),
+        "scalar": torch.tensor(3),
+        "none": torch.empty(0, 5),
+        "flags": torch.tensor([True, False]),
+    }
+    record = tensorfile.write(tmp_path / "x.safetensors", tensors, metadata={"format": "pt"})
+    loaded = load_file(tmp_path / "x.safetensors")
+    assert loaded.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype and torch.equal(loaded[name], tensor), name
+    assert record == tensorfile.digest(tmp_path / "x.safetensors")
+
+
+def test_range_reads_a_slice(tmp_path):
+    tensorfile.write(tmp_path / "x.safetensors", {"a": torch.arange(10.0)})
+    reader = tensorfile.TensorReader(tmp_path)
+    assert reader.range("x.safetensors", "a", 3, 6).tolist() == [3, 4, 5]
+    assert reader.shape("x.safetensors", "a") == (10,)
+
+
+def test_shards_are_cut_by_size():
+    named = [(str(i), torch.zeros(4)) for i in range(5)]
+    assert [list(shard) for shard in tensorfile.shards(named, max_bytes=32)] == [["0", "1"], ["2", "3"], ["4"]]
+    assert [list(shard) for shard in tensorfile.shards(named[:2], max_bytes=1)] == [["0"], ["1"]]
+
+
+def test_unreadable_file_is_damage_with_its_name(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(CheckpointDamagedError, match=r"x\.safetensors: not a readable safetensors file"):
+        tensorfile.TensorReader(tmp_path).names("x.safetensors")
+    with pytest.raises(CheckpointDamagedError, match=r"gone\.safetensors"):
+        tensorfile.TensorReader(tmp_path).tensor("gone.safetensors", "a")
