@@ -1,4 +1,4 @@
-"""InternLM 20B: 60 layers, hidden 5120, sequences of 4096, for 32 GPUs of 80 GB: 4 pipeline stages x 8 data-parallel ranks.
+"""InternLM 20B: 60 layers, hidden 5120, sequences of 4096, for 32 GPUs of 80 GB: 4 pipeline stages x 8 data-parallel.
 
     deepspeed --hostfile HOSTS launch/pretrain.py --config model_configs/20b.py
 

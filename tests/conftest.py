@@ -1,4 +1,4 @@
-"""Settings of all tests: one thread per process, golden helpers importable, no network."""
+"""Settings of all tests: one thread per process, the helpers beside the tests importable, no network."""
 
 from __future__ import annotations
 
@@ -8,4 +8,5 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-sys.path.insert(0, str(Path(__file__).parent / "golden"))
+for folder in ("golden", "e2e"):
+    sys.path.insert(0, str(Path(__file__).parent / folder))

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     size = world_size(args)
     spec = runspec.resolve(args.config, overrides=args.set, world_size=size)
     translation, problems = examine(spec, overlays=args.overlay)
-    _write_report(args, render.report(translation.notes, args.report), translation.warnings)
+    _write_report(args, render.report(translation.notes, args.report), (*spec.warnings, *translation.warnings))
     if problems:
         return _refuse(args, problems, translation.refused_sources, path=str(spec.path))
     text = render.ds_json(translation.ds_config)

@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     spec = runspec.resolve(args.config, overrides=args.set, world_size=world_size(args))
     translation = translate(spec, overlays=args.overlay)
     found = plan.describe(spec, translation)
-    for warning in translation.warnings:
+    for warning in (*spec.warnings, *translation.warnings):
         print(f"warning: {warning}", file=sys.stderr)
     if args.json:
         sys.stdout.write(json.dumps(plan.as_json(found), indent=2, allow_nan=False) + "\n")

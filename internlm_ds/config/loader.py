@@ -53,12 +53,12 @@ def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Loaded:
     Raises:
         ConfigError: The file is not there or cannot be executed; everything else is listed in `problems`.
     """
-    given = _overrides.parse(overrides)
+    given = _overrides.parse(overrides, sections=(*SECTIONS, "deepspeed"))
     executed = execute(path, replacements=given.constants)
     values, problems = dict(executed.values), list(given.problems)
     overridden: set[Path] = set()
     for name, value in given.constants.items():
-        if name in executed.replaced or name in (*TOP_NAMES, *SECTIONS, "deepspeed"):
+        if name in executed.replaced or name in TOP_NAMES:
             values[name] = value
             overridden.add((name,))
         else:

@@ -39,8 +39,11 @@ class Overrides:
     problems: list[Problem] = field(default_factory=list)
 
 
-def parse(arguments: Sequence[str]) -> Overrides:
+def parse(arguments: Sequence[str], *, sections: Sequence[str] = ()) -> Overrides:
     """Read the arguments of `--set`.
+
+    Args:
+        sections: Bare names that are dicts of the configuration: they are replaced afterwards, like dotted paths.
 
     >>> parse(["SEQ_LEN=4096", "parallel.tensor={'size': 2}"]).dotted
     {('parallel', 'tensor'): {'size': 2}}
@@ -52,7 +55,7 @@ def parse(arguments: Sequence[str]) -> Overrides:
         if not equals or not all(part.isidentifier() for part in path[:1]) or not all(path):
             message = "write KEY=VALUE, e.g. --set data.micro_num=2 or --set SEQ_LEN=4096"
             found.problems.append(Problem(f"--set {argument}", message, has_value=False))
-        elif len(path) == 1:
+        elif len(path) == 1 and key.strip() not in sections:
             found.constants[path[0]] = read_value(text)
         else:
             found.dotted.pop(path, None)

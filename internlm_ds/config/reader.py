@@ -186,8 +186,9 @@ class Reader:
             return stand_in
 
     def missing(self, path: Path, rule: Rule) -> None:
-        """A required key that is not there; silent when its whole section is missing, which is said once."""
-        if len(path) > 1 and self.place(path[:1]) is None and not self.is_overridden(path[:1]):
+        """A required key that is not there; silent when its whole section is missing or wrong, which is said once."""
+        above = {".".join(path[:length]) for length in range(1, len(path))}
+        if any(problem.key in above for problem in self.problems):
             return
         self.problem(path, f"is required: {rule.expected}")
 

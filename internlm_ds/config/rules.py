@@ -175,7 +175,8 @@ def dtype() -> Rule:
     def read(value: Any) -> tuple[str, bool]:
         if isinstance(value, str) and value in DTYPES:
             return DTYPES[value]
-        raise Refused(f"must be {expected}{_nearest_hint(value, DTYPES)}")
+        short = isinstance(value, str) and f"torch.{value}" in DTYPES
+        raise Refused(f"must be {expected}" + (f"; did you mean 'torch.{value}'?" if short else ""))
 
     return Rule(expected, read)
 
@@ -314,11 +315,13 @@ def _is_integral_float(value: Any) -> bool:
 
 def _number_hint(value: Any, *, whole: bool) -> str:
     """Tell somebody who wrote `"4"` or `4.0` to write 4."""
+    if not isinstance(value, str | float):
+        return ""
     try:
         meant = float(value)
-    except (TypeError, ValueError):
+    except ValueError:
         return ""
-    if isinstance(value, bool) or not math.isfinite(meant):
+    if not math.isfinite(meant):
         return ""
     if meant.is_integer():
         return f"; write {int(meant)}"

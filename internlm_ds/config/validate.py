@@ -319,7 +319,8 @@ def _model(reader: Reader, sections: dict[str, str], model_type: str) -> schema.
     registered = _is_registered(model_type)
     family = MODEL_FAMILIES.get(model_type)
     if family is None and not registered:
-        close = nearest(model_type, MODEL_FAMILIES)
+        longer = [name for name in MODEL_FAMILIES if name.lower().startswith(model_type.lower())]
+        close = longer[0] if longer else nearest(model_type, MODEL_FAMILIES)
         hint = f"did you mean {close!r}?" if close else f"known: {', '.join(MODEL_FAMILIES)};"
         message = f'unknown model type; {hint} new ones are added by MODEL_INITIALIZER.register_module("{model_type}")'
         reader.problem(("model_type",), message, model_type)

@@ -138,7 +138,7 @@ def model_of_dict(settings: Mapping[str, Any]) -> ModelConfig | None:
     """The settings of InternLM's `model_config.pt`; keys that say nothing about weights are dropped, {} gives None."""
     if not settings:
         return None
-    known = {field.name for field in fields(ModelConfig)} - {"extra", "dtype", "checkpoint"}
+    known = {field.name for field in fields(ModelConfig)} - {"extra", "given", "dtype", "checkpoint"}
     kept = {key: value for key, value in settings.items() if key in known and value is not None}
     dtype = str(settings.get("dtype", "float16")).removeprefix("torch.")
     return ModelConfig(**kept, dtype="float16" if dtype == "half" else dtype)

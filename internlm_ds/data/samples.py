@@ -85,8 +85,7 @@ class Mappings:
     def get(self, path: str) -> mmap.mmap:
         found = self._open.get(path)
         if found is None:
-            with open(path, "rb") as file:
-                found = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            found = _map(path)
             while len(self._open) >= self.limit:
                 # not closed here: another thread may be reading it; it closes with its last user
                 self._open.pop(next(iter(self._open)), None)
@@ -95,6 +94,15 @@ class Mappings:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"limit": self.limit, "_open": {}}
+
+
+def _map(path: str) -> mmap.mmap:
+    try:
+        with open(path, "rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
+        message = f"the file was there at the start and cannot be read any more ({error}); put it back and resume"
+        raise DataFormatError(message, path=path) from None
 
 
 class FileSamples:

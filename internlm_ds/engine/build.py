@@ -79,8 +79,8 @@ def cpu_computes_fp16() -> bool:
 def adopt_process_groups() -> None:
     """Let DeepSpeed use the process group that `parallel.launch` made.
 
-    On CPU it would otherwise compile a shared-memory operator at start, which only its inference needs: told here that it
-    is not available, it builds nothing and needs no compiler.
+    On CPU it would otherwise compile a shared-memory operator at start, which only its inference needs: told here that
+    it is not available, it builds nothing and needs no compiler.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     with quiet():

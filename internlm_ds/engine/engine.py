@@ -1,8 +1,8 @@
 """Our engine: DeepSpeed's `PipelineEngine`, for one stage too, with its known faults mended in one place.
 
-Mended here: evaluation that crashes after another batch (a total that is never reset), timers that start twice on all but
-the last stage, ZeRO-1 over a part of the data-parallel ranks, a loss scale by InternLM's rule. What the optimizer gets
-wrong is mended in `optimizer`.
+Mended here: evaluation that crashes after another batch (a total that is never reset), timers that start twice on all
+but the last stage, ZeRO-1 over a part of the data-parallel ranks, a loss scale by InternLM's rule. What the optimizer
+gets wrong is mended in `optimizer`.
 """
 
 from __future__ import annotations

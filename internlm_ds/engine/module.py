@@ -1,7 +1,7 @@
 """The layer list as a DeepSpeed `PipelineModule`: our own stage bounds, layers built only where they live.
 
-Which layers a stage holds is decided on paper by `layout.stages`; how a layer is made, by its `LayerEntry`. What a stage
-recomputes follows InternLM: the first `int(blocks of the stage * fraction)` blocks.
+Which layers a stage holds is decided on paper by `layout.stages`; how a layer is made, by its `LayerEntry`. What a
+stage recomputes follows InternLM: the first `int(blocks of the stage * fraction)` blocks.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
   DeepSpeed folds the last two into one flag; InternLM's loss scale backs off on the first only.
 * The loss scale changes after the update that used it. DeepSpeed changes it before it unscales, so that the step at
   which the scale grows would be divided by twice its own scale.
-* Sharding over a part of the data-parallel ranks: gradients are averaged over the ZeRO group, then this rank's partition
+* Sharding over a part of the data-parallel ranks: gradients are averaged over the ZeRO group, then this rank's
+partition
   over its replicas.
 """
 
@@ -114,7 +115,7 @@ class ZeroOptimizer(DeepSpeedZeroOptimizer):
         return squares.sqrt()
 
     def _offloaded_global_norm(self) -> torch.Tensor:
-        """With the optimizer on the host DeepSpeed keeps only a flag for what is not finite: it counts as an overflow."""
+        """With the optimizer on the host DeepSpeed keeps one flag for what is not finite: it counts as an overflow."""
         if self.has_overflow():
             return torch.full((), float("inf"), device=self.device)
         norm = super().scaled_global_norm()

@@ -1,8 +1,8 @@
 """The engine's weights and optimizer states by logical name, in and out.
 
-A ZeRO rank holds slices of some parameters; `fragments` names each slice by parameter and position in the whole, flattened
-parameter, which is what makes a checkpoint independent of the layout that wrote it. Both optimizer classes keep the map
-from a parameter to its slice in `_hp_mapping`.
+A ZeRO rank holds slices of some parameters; `fragments` names each slice by parameter and position in the whole,
+flattened parameter, which is what makes a checkpoint independent of the layout that wrote it. Both optimizer classes
+keep the map from a parameter to its slice in `_hp_mapping`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def fragments(engine: Engine) -> Iterator[Fragment]:
 
     Before the first update there are no moments yet: they are zero, and written as such.
     """
-    for name, param, mapping, flat in _slices(engine):
+    for name, _, mapping, flat in _slices(engine):
         start, address = mapping.lp_fragment_address.start, mapping.hp_fragment_address
         state = engine.optimizer.optimizer.state.get(flat, {})
         yield Fragment(name, "master", start, mapping.hp_fragment.detach())

@@ -1,6 +1,6 @@
 """From a native checkpoint and a prompt to a continuation: what `internlm-ds generate` does.
 
-The model is built from the checkpoint's own `config.py` and filled with its weights; sampling is next door.
+The model is built from the settings that lie in the checkpoint and filled with its weights; sampling is next door.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from internlm_ds import arch as arches
 from internlm_ds import config as configs
+from internlm_ds.arch import internlm
 from internlm_ds.arch.spec import ModelArch
 from internlm_ds.checkpoint.address import parse
 from internlm_ds.checkpoint.formats import native
-from internlm_ds.config.schema import Config
+from internlm_ds.config.schema import ModelConfig
 from internlm_ds.errors import CheckpointError, ConfigError, TokenizerError
 from internlm_ds.generate.sampling import sample
 from internlm_ds.model.layers import LanguageModel, build_layers
@@ -58,19 +58,20 @@ def generate(folder: str, *, tokenizer_path: str, prompt: str, settings: Setting
 
 
 def load_model(folder: str, *, device: torch.device | str | None = None) -> tuple[LanguageModel, ModelArch]:
-    """The model of a native checkpoint on one device (CUDA where there is one), in evaluation mode."""
+    """The model of a native checkpoint on one device (CUDA where there is one), in evaluation mode.
+
+    Raises:
+        CheckpointError, CheckpointDamagedError, ConfigError: As `generate`.
+    """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     checkpoint = native.open(_local_path(folder))
-    config = _config_of(checkpoint)
-    arch = arches.build(config)
-    if arch is None or arch.family != "internlm":
-        raise ConfigError(f"{folder}: generate cannot run model_type {config.model_type!r} yet; it runs INTERNLM")
-    _require_same_model(checkpoint, arch)
+    config = _model_of(checkpoint)
+    arch = internlm.build(config)
+    checkpoint.check_fits(arch)
     # the CPU has no fast half precision, and fp32 loses nothing
-    dtype = getattr(torch, config.model.dtype) if device.type == "cuda" else torch.float32
-    norm_dtype = torch.float32 if config.use_fp32_norm else None
+    dtype = getattr(torch, checkpoint.dtype) if device.type == "cuda" else torch.float32
     entries = build_layers(
-        arch, config.model, tensor=Axis.single("tensor"), seed=None, dtype=dtype, norm_dtype=norm_dtype
+        arch, config, tensor=Axis.single("tensor"), seed=None, dtype=dtype, norm_dtype=_norm_dtype(checkpoint, arch)
     )
     model = LanguageModel(entries)
     with torch.no_grad():
@@ -93,27 +94,24 @@ def _local_path(folder: str) -> Path:
     return address.local_path
 
 
-def _config_of(checkpoint: native.NativeCheckpoint) -> Config:
-    loaded = configs.load(checkpoint.folder / native.CONFIG)
-    if loaded.config is None or loaded.problems:
-        raise ConfigError(loaded.problems, path=str(checkpoint.folder / native.CONFIG))
-    return loaded.config
+def _model_of(checkpoint: native.NativeCheckpoint) -> ModelConfig:
+    """The model's settings: from the manifest, else from the configuration file in the checkpoint."""
+    model_type, model = checkpoint.manifest.model.get("model_type", "INTERNLM"), checkpoint.model_config
+    if model is None:
+        loaded = configs.load(checkpoint.folder / native.CONFIG)
+        if loaded.config is None or loaded.problems:
+            raise ConfigError(loaded.problems, path=str(checkpoint.folder / native.CONFIG))
+        model_type, model = loaded.config.model_type, loaded.config.model
+    if model_type != "INTERNLM":
+        raise ConfigError(f"{checkpoint.folder}: generate cannot run model_type {model_type!r} yet; it runs INTERNLM")
+    return model
 
 
-def _require_same_model(checkpoint: native.NativeCheckpoint, arch: ModelArch) -> None:
-    """The blueprint that `config.py` gives has the parameters that are stored."""
-    wanted, found = {spec.name: tuple(spec.shape) for spec in arch.iter_params()}, checkpoint.shapes
-    different = sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name))
-    if different:
-        name = different[0]
-        raise CheckpointError(
-            f"{checkpoint.folder}: config.py and the weights differ in {len(different)} parameters, first in {name}: "
-            f"{_shape(wanted.get(name))} by config.py, {_shape(found.get(name))} stored"
-        )
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "absent" if shape is None else str(list(shape))
+def _norm_dtype(checkpoint: native.NativeCheckpoint, arch: ModelArch) -> torch.dtype | None:
+    """fp32 where the run kept its norms so (`use_fp32_norm`)."""
+    norms = {spec.name for spec in arch.iter_params() if spec.kind == "norm"}
+    stored = {p.dtype for p in checkpoint.manifest.parameters if p.name in norms}
+    return torch.float32 if stored == {"float32"} else None
 
 
 def _prompt_ids(tokenizer: Tokenizer, prompt: str, arch: ModelArch) -> list[int]:

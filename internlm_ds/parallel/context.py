@@ -1,7 +1,8 @@
-"""Where this process stands: its layout, its coordinate and one handle per axis. Frozen; made once by `parallel.launch`.
+"""Where this process stands: its layout, its coordinate and one handle per axis. Frozen; made once by
+`parallel.launch`.
 
-A layer asks for the narrowest thing it uses: the `Axis` it is split over. An axis of size 1 has no group and communicates
-nothing, so every layer builds on one plain CPU process.
+A layer asks for the narrowest thing it uses: the `Axis` it is split over. An axis of size 1 has no group and
+communicates nothing, so every layer builds on one plain CPU process.
 """
 
 from __future__ import annotations

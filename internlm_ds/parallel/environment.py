@@ -1,7 +1,7 @@
 """Who started this process: the only reader of RANK, WORLD_SIZE and their relatives. Imports no torch.
 
-Four doors lead here: the `deepspeed` launcher, `torchrun`, `srun` and plain `python` for one process. `detect` reads the
-environment into a `LaunchFacts`; `launch` makes the process groups from it.
+Four doors lead here: the `deepspeed` launcher, `torchrun`, `srun` and plain `python` for one process. `detect` reads
+the environment into a `LaunchFacts`; `launch` makes the process groups from it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""The process groups of a run: writes what the libraries below expect in the environment, makes the groups, returns the context.
+"""The process groups of a run: writes what the libraries below expect in the environment, makes the groups, returns the
+context.
 
 Which process this is comes from `environment`. Nothing else in the package creates a group of ranks along an axis.
 """

@@ -1,7 +1,7 @@
 """`run_ranks`: a function on several gloo ranks of this machine, for tests of anything that is split or replicated.
 
-Ranks meet over a file, so no port is taken; each has one thread. If one raises, the others are stopped and its traceback is the one
-you see. Shipped, because people who bring their own model family test it the same way.
+Ranks meet over a file, so no port is taken; each has one thread. If one raises, the others are stopped and its
+traceback is the one you see. Shipped, because people who bring their own model family test it the same way.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Puts a training run together: machine, process groups, data, model, engine, checkpoint, loop. The only place that knows all rooms.
+"""Puts a training run together: machine, process groups, data, model, engine, checkpoint, loop. The only place that
+knows all rooms.
 
 `prepare` does what can fail for the user before any process group exists; `Training.run` does the rest, on every rank.
 """
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 
-from internlm_ds.arch.spec import ModelArch
+from internlm_ds.attention.select import select
 from internlm_ds.checkpoint.manager import plan_start
 from internlm_ds.config import load
 from internlm_ds.config.schema import Config
@@ -31,6 +32,7 @@ from internlm_ds.monitor import log
 from internlm_ds.monitor.sinks import MetricsFile, open_tensorboard
 from internlm_ds.monitor.throughput import ThroughputMeter
 from internlm_ds.optim.schedules import Beta2Schedule, LrSchedule
+from internlm_ds.parallel import rng
 from internlm_ds.parallel.comm import ProcessComm
 from internlm_ds.parallel.context import ParallelContext
 from internlm_ds.parallel.environment import LaunchFacts
@@ -39,7 +41,7 @@ from internlm_ds.plan import Plan, describe
 from internlm_ds.plan.compute import flops_per_step
 from internlm_ds.plan.machine import MachineFacts, resolve_here
 from internlm_ds.runspec import RunSpec
-from internlm_ds.train import evaluate, rng, rundir
+from internlm_ds.train import evaluate, rundir
 from internlm_ds.train.checkpoints import RunCheckpoints
 from internlm_ds.train.loop import LoopSettings, StepRecord, TrainLoop
 from internlm_ds.train.metrics import RecordBuilder, StageLoss, device_peak_flops
@@ -144,7 +146,7 @@ class Training:
             if context.is_log_rank:
                 for text in LrSchedule.from_config(self.config).warnings:
                     logger.warning("%s", text)
-                log_model(engine, self.spec.arch)
+                log_model(engine, self.spec)
             finished = self._loop(context, folder, engine, loader, loss, state, checkpoints, signals).run()
         finally:
             loader.close()
@@ -232,7 +234,7 @@ def stage_bounds(spec: RunSpec, entries: Sequence[LayerEntry]) -> list[tuple[int
 
 def set_global_state(config: Config, *, seed: int) -> None:
     """Seeds, cuDNN flags and tf32: what torch keeps for the whole process."""
-    rng.seed_all(seed)
+    rng.seed_everything(seed)
     torch.backends.cudnn.benchmark = config.cudnn_benchmark
     torch.backends.cudnn.deterministic = config.cudnn_deterministic
     torch.backends.cuda.matmul.allow_tf32 = config.model.tf32
@@ -331,13 +333,18 @@ def log_start(context: ParallelContext, *, seed: int, launched: str) -> None:
     )
 
 
-def log_model(engine: Engine, arch: ModelArch | None) -> None:
+def log_model(engine: Engine, spec: RunSpec) -> None:
     """The tutorial's fourth line, and what this run chose."""
+    arch, model = spec.arch, spec.config.model
     owned = sum(group["params"][0].numel() for group in engine.optimizer.param_groups)
     sizes = [owned] * engine.zero_groups.shard_size
     logger.info("Number of elements on ranks: %s, rank:%d", sizes, engine.global_rank)
     if arch is not None:
         logger.info("parameters of the whole model: %d", arch.num_params)
+        choice = select(
+            model.use_flash_attn, device=engine.device, dtype=getattr(torch, model.dtype), head_dim=arch.head_dim
+        )
+        logger.info("%s", choice.line)
     logger.info(
         "optimizer %s, parameters of this stage: %d",
         *(type(engine.optimizer).__name__, sum(p.numel() for p in engine.module.parameters())),

@@ -1,7 +1,7 @@
 """Between the loop, the manager (when, where) and the formats (how): collects what this rank owns and saves it.
 
-Also the other direction: puts a checkpoint's weights, optimizer state, counters, sampler and random states back, each part
-as `content` names it.
+Also the other direction: puts a checkpoint's weights, optimizer state, counters, sampler and random states back, each
+part as `content` names it.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from internlm_ds.checkpoint.manager import CheckpointManager, SaveTask, Start, p
 from internlm_ds.engine import state as engine_state
 from internlm_ds.engine.engine import Engine
 from internlm_ds.errors import CheckpointError
+from internlm_ds.parallel import rng
 from internlm_ds.parallel.comm import ProcessComm
 from internlm_ds.parallel.context import ParallelContext
 from internlm_ds.runspec import RunSpec
-from internlm_ds.train import rng
 from internlm_ds.train.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -75,13 +75,15 @@ class RunCheckpoints:
             comm=self.comm,
             weights=self._own_weights(),
             fragments=engine_state.fragments(self.engine) if self.engine.zero_groups.replica_rank == 0 else (),
-            rng_state=rng.states(),
+            rng_state=rng.get_state(),
             train_state=self._train_state(state),
             config_text=self.spec.text,
             layout=self.spec.layout,
             arch=self.spec.arch,
             dtype=self.spec.config.model.dtype,
             step=state.step_count,
+            model=self.spec.config.model,
+            model_type=self.spec.config.model_type,
         )
         self.manager.saved(task, state.step_count)
         if self.context.is_log_rank:
@@ -145,7 +147,7 @@ class RunCheckpoints:
         if start.is_resume and saved.layout == self.spec.layout:
             states = saved.rng_state(self.context.rank)
             if states is not None:
-                rng.restore(states)
+                rng.set_state(states)
 
     def _restore_optimizer(self, start: Start, saved: native.NativeCheckpoint, values: dict[str, Any]) -> None:
         if not saved.kinds:

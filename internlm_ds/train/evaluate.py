@@ -1,8 +1,8 @@
 """Evaluation on the validation sets: InternLM's averages over the engine's evaluation of one batch.
 
-Source: the reference's `evaluate_on_val_dls`: a set's loss is the sum of its batches' losses over `batches + 1e-6`; each
-batch's loss is the mean over its micro-batches. Accuracy and perplexity are token-weighted over the whole set. Here the loss is
-the mean over data-parallel ranks too.
+Source: the reference's `evaluate_on_val_dls`: a set's loss is the sum of its batches' losses over `batches + 1e-6`;
+each batch's loss is the mean over its micro-batches. Accuracy and perplexity are token-weighted over the whole set.
+Here the loss is the mean over data-parallel ranks too.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ def evaluate(
 
     Args:
         loaders: By name; iterating one gives lists of micro-batches, the same number on every rank.
-        validation_metrics: A context in which micro-batches are counted apart from training; gives a function that closes the
+        validation_metrics: A context in which micro-batches are counted apart from training; gives a function that
+        closes the
             count (it communicates) and returns `acc` and `perplexity`, empty where the logits are not.
     Returns:
         Per set `loss`, `acc`, `perplexity`.

@@ -1,7 +1,8 @@
 """The train loop: what happens for each batch, in InternLM's order, over anything that looks like an engine.
 
-load → skip test → forward, backward, update → counters → metrics and log → evaluation → checkpoint → stop test. Knows neither
-DeepSpeed nor files: engine, loader, recorder, evaluator and checkpoints come in through the small protocols below.
+load → skip test → forward, backward, update → counters → metrics and log → evaluation → checkpoint → stop test. Knows
+neither DeepSpeed nor files: engine, loader, recorder, evaluator and checkpoints come in through the small protocols
+below.
 """
 
 from __future__ import annotations
@@ -188,7 +189,7 @@ class TrainLoop:
         limit, bad = self.settings.max_bad_steps, self.state.bad_steps_in_a_row
         if limit and bad >= limit:
             raise TrainingStoppedError(
-                f"{bad} updates in a row failed (gradients not finite), the last at batch {self.state.batch_count - 1}; "
-                f"internlm_ds.guard.max_bad_steps = {limit} ends the run. Lower adam.lr, look at the data of these batches, "
-                "or leave them out with data.skip_batches"
+                f"{bad} updates in a row failed (gradients not finite), the last at batch "
+                f"{self.state.batch_count - 1}; internlm_ds.guard.max_bad_steps = {limit} ends the run. "
+                "Lower adam.lr, look at the data of these batches, or leave them out with data.skip_batches"
             )

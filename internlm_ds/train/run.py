@@ -1,7 +1,7 @@
 """`launch/pretrain.py` from the command line to an exit code: everything on paper first, then the training itself.
 
-Errors of configuration, layout, translation and machine show up here, before any process group exists. What needs torch is in
-`assemble`, imported only when there is something to train, so that `--dry-run` answers at once.
+Errors of configuration, layout, translation and machine show up here, before any process group exists. What needs torch
+is in `assemble`, imported only when there is something to train, so that `--dry-run` answers at once.
 """
 
 from __future__ import annotations
@@ -66,9 +66,7 @@ def _world_size(options: Options, facts: LaunchFacts) -> int:
         if options.world_size is not None:
             return options.world_size
         if facts.launcher == "python":
-            raise ConfigError(
-                "--dry-run plans for a number of ranks: give --world-size N, or start it with the launcher that will run it"
-            )
+            raise ConfigError("--dry-run plans for a number of ranks: give --world-size N, or start it with a launcher")
         return facts.world_size
     if options.world_size not in (None, facts.world_size):
         raise ConfigError(

@@ -35,7 +35,7 @@ class Translation:
     Attributes:
         ds_config: DeepSpeed's configuration, strict JSON data.
         notes: One per leaf of the configuration, in its order.
-        warnings: What a person should read before the run starts.
+        warnings: What a person should read before the run starts, beside `RunSpec.warnings`.
     """
 
     ds_config: dict[str, Any]

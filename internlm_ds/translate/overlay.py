@@ -133,8 +133,8 @@ KINDS: dict[str, tuple[str, tuple[type, ...]]] = {
 def apply(base: dict[str, Any], *, spec: RunSpec, files: Sequence[str | Path]) -> tuple[dict[str, Any], list[Problem]]:
     """Merge the configuration's `deepspeed` dict, then the files, over `base`, and say what cannot be merged.
 
-    A problem's key is `deepspeed.KEY` for the dict, `FILE: KEY` for a file. Raises `TranslationError` for a file that
-    cannot be read.
+    A problem's key is `deepspeed.KEY` for the dict, `FILE: KEY` for a file. With a problem, `base` comes back as it is.
+    Raises `TranslationError` for a file that cannot be read.
     """
     merged, problems = base, []
     lines = {leaf.key: (leaf.line, leaf.file) for leaf in spec.leaves if leaf.key.startswith("deepspeed")}
@@ -146,8 +146,8 @@ def apply(base: dict[str, Any], *, spec: RunSpec, files: Sequence[str | Path]) -
         fragment = read(overlay)
         problems.extend(check(fragment, base=base, prefix=f"{overlay}: "))
         merged = merge(merged, fragment)
-    problems.extend(_together(merged, spec))
-    return merged, problems
+    problems = problems or list(_together(merged, spec))
+    return base if problems else merged, problems
 
 
 def covering(problems: Sequence[Problem], key: str) -> Problem | None:

@@ -21,8 +21,11 @@ NO_SAVING = "ckpt.enable_save_ckpt is False: nothing is saved"
 ALERTS_OFF = "monitor.alert.enable_feishu_alert is False"
 REMOTE = {
     "boto3:": "object storage is not built in this version; save to a local: folder and copy it",
-    "volc:": "this backend is not supported; its S3 door is boto3:s3://BUCKET.ENDPOINT/PREFIX",
-    "oss2:": "this backend is not supported; its S3 door is boto3:s3://BUCKET.ENDPOINT/PREFIX",
+    "s3:": "object storage is not built in this version; save to a local: folder and copy it",
+    **dict.fromkeys(
+        ("volc:", "oss2:", "vc:", "ali:"),
+        "this backend is not supported; the S3 door of such a store is boto3:s3://BUCKET.ENDPOINT/PREFIX",
+    ),
 }
 
 
@@ -104,9 +107,9 @@ def _load_path(leaf: Leaf, facts: Facts) -> Verdict:
 
 def _load_type(leaf: Leaf, facts: Facts) -> Verdict:
     info = facts.config.ckpt.load_ckpt_info
-    if info is None or info.ckpt_type in ("native", "internlm"):
+    if info is None or info.ckpt_type in ("native", "internlm", "hf"):
         return native("read without executing any pickle")
-    return refused(f"{leaf.value!r} checkpoints cannot be started from in this version; native and internlm ones can")
+    return refused(f"{leaf.value!r} checkpoints cannot be started from in this version; native, internlm and hf can")
 
 
 def _legacy_load(leaf: Leaf, facts: Facts) -> Verdict:
@@ -160,7 +163,7 @@ RULES: dict[str, Rule] = {
     "data.valid_micro_num": _valid,
     "data.fixed_random_dataset_seqlen": _fixed_random,
     "data.num_worker": always(
-        no_effect("packs are read and put together in the training process; order and content do not depend on workers")
+        native("0 reads when asked, more let one thread read ahead; order and content do not depend on it")
     ),
     "data.empty_cache_and_diag_interval": _diagnosis,
     "data.diag_outlier_ratio": _diagnosis,
@@ -201,11 +204,7 @@ RULES: dict[str, Rule] = {
         off="no earlier event files to go on from",
         on=approximate("earlier event files are not copied; a new folder is begun", warn=True),
     ),
-    "tensorboard.queue_max_length": neutral(
-        1,
-        off="every step is written",
-        on=approximate("every step is written at once instead of in groups; the curves are the same"),
-    ),
+    "tensorboard.queue_max_length": always(native("steps that are written to event files together")),
     "monitor.tensorboard.*": always(no_effect("InternLM itself reads it at top level only")),
     "monitor.alert.enable_feishu_alert": _alert("alerts are"),
     "monitor.alert.feishu_alert_address": _alert("alerts are"),

@@ -135,7 +135,7 @@ def _fp32_part(what: str) -> Rule:
             return no_effect("switched off")
         if facts.config.model.dtype == "float32" and not facts.config.model.tf32:
             return no_effect("the whole model is fp32")
-        return refused(f"{what} is not built in this version; remove the key or set it to False")
+        return refused(f"DeepSpeed casts every parameter to the training dtype, so {what} cannot be kept; write False")
 
     return rule
 

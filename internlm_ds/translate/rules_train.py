@@ -56,12 +56,6 @@ def _reduce_bucket(leaf: Leaf, facts: Facts) -> Verdict:
     return exact(target)
 
 
-def _cur_iter(leaf: Leaf, facts: Facts) -> Verdict:
-    if leaf.value in (-1, 0, None) or facts.config.beta2_scheduler.c <= 0:
-        return no_effect("beta2 is a function of the number of successful updates, which checkpoints carry")
-    return refused("the count of updates always starts at 0 and is resumed from checkpoints; write cur_iter=-1")
-
-
 BETA2_NOTE = "computed from the number of successful updates and given to the optimizer before each update"
 LR_NOTE = "closed form of the number of successful updates, set before each update; no DeepSpeed scheduler runs"
 ADAM_NOTE = "given to the AdamW that the engine passes to DeepSpeed, so the JSON needs no optimizer section"
@@ -110,7 +104,7 @@ RULES: dict[str, Rule] = {
         on=refused("the schedule follows the number of updates that checkpoints carry; write last_epoch=-1"),
     ),
     "lr_scheduler.*": always(native(LR_NOTE)),
-    "beta2_scheduler.cur_iter": _cur_iter,
+    "beta2_scheduler.cur_iter": always(native("count that the first update starts from; -1 means 0")),
     "beta2_scheduler.*": always(native(BETA2_NOTE)),
     "cudnn_benchmark": always(native("sets torch.backends.cudnn.benchmark")),
     "cudnn_deterministic": always(native("sets torch.backends.cudnn.deterministic")),

@@ -50,7 +50,7 @@ def tokenizer(tmp_path_factory):
     return f"{prefix}.model"
 
 
-def save(folder, *, config_text=CONFIG, **switches):
+def save(folder, *, config_text=CONFIG, settings=False, model_type="INTERNLM", **switches):
     config = ModelConfig(**MODEL | switches)
     arch = internlm.build(config)
     model = LanguageModel(build_layers(arch, config, tensor=Axis.single("tensor"), seed=1, dtype=torch.bfloat16))
@@ -64,6 +64,8 @@ def save(folder, *, config_text=CONFIG, **switches):
         layout=Layout(),
         arch=arch,
         dtype="bfloat16",
+        model=config if settings else None,
+        model_type=model_type,
         step=7,
     )
     return model, folder
@@ -148,7 +150,8 @@ def test_config_of_another_model(tmp_path, tokenizer, fails):
     _, folder = save(tmp_path / "7", mlp_ratio=17.0)
     fails(
         [folder, "--tokenizer", tokenizer, "--prompt", "a"],
-        "config.py and the weights differ in 6 parameters, first in blocks.0.mlp.w1.weight: [256, 16]",
+        "does not fit the model (6 parameters)",
+        "blocks.0.mlp.w1.weight",
     )
 
 
@@ -158,6 +161,17 @@ def test_other_families(tmp_path, tokenizer, fails):
         [folder, "--tokenizer", tokenizer, "--prompt", "a"],
         "generate cannot run model_type 'LLAMA2' yet; it runs INTERNLM",
     )
+
+
+def test_settings_in_the_manifest_come_first(tmp_path):
+    """A run with overrides: its config.py says something else."""
+    _, folder = save(tmp_path / "7", settings=True, num_layers=3, config_text="# nothing")
+    assert load_model(str(folder), device="cpu")[1].num_layers == 3
+
+
+def test_registered_model_types(tmp_path, tokenizer, fails):
+    _, folder = save(tmp_path / "7", settings=True, model_type="MINE")
+    fails([folder, "--tokenizer", tokenizer, "--prompt", "a"], "cannot run model_type 'MINE' yet; it runs INTERNLM")
 
 
 def test_broken_config(tmp_path, tokenizer, fails):

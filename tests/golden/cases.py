@@ -51,6 +51,6 @@ def entries(kind: str, file_name: str) -> list[Any]:
 
 
 def case_folders(kind: str, marker: str) -> list[Path]:
-    """Folders of a kind that hold a file `marker`, for parametrisation at collection time; [] where the kind is absent."""
+    """Folders of a kind that hold a file `marker`, for parametrisation; [] where the kind is absent."""
     root = golden_root() / kind
     return sorted(path.parent for path in root.rglob(marker)) if root.is_dir() else []

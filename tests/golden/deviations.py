@@ -15,7 +15,8 @@ def zero1_of_nought_means_all(case: dict) -> bool:
 def labels_behind_short_rows(labels):  # type: ignore[no-untyped-def]
     """Unpacked data: nothing is learned behind the end of a row; the reference trains towards token 0 there.
 
-    A label that counts is never 0 (collation turns zeros into -100), so every 0 in the reference's unpacked labels is padding.
+    A label that counts is never 0 (collation turns zeros into -100), so every 0 in the reference's unpacked labels is
+    padding.
     """
     import numpy as np
 
@@ -96,3 +97,8 @@ def zero1_deviation(parallel: dict, *, data: int) -> dict:
     zero1 = parallel.get("zero1", -1)
     size = zero1.get("size", -1) if isinstance(zero1, dict) else zero1
     return {"zero1": data} if size <= 0 else {}
+
+
+def content_without_model(content: Sequence[str]) -> bool:
+    """docs/compatibility.md, loading: a `content` that leaves out "model" loads what it names; the reference loads nothing."""
+    return not {"model", "all"} & {name.lower() for name in content}

@@ -1,8 +1,8 @@
 """Training curves of the reference, replayed through the DeepSpeed engine: loss, norm, rates, scales, metrics, weights.
 
-Curves called fp32 run without clipping (the switch that gives the reference's way); the others compute in fp32 here, with the clip as
-given and InternLM's loss scale installed. Where a curve injects infinities and NaN, verdicts and loss scales are replayed with
-whatever model exists.
+Curves called fp32 run without clipping (the switch that gives the reference's way); the others compute in fp32 here,
+with the clip as given and InternLM's loss scale installed. Where a curve injects infinities and NaN, verdicts and loss
+scales are replayed with whatever model exists.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ pytestmark = pytest.mark.timeout(180)
 CONFIG = """
 JOB_NAME = "replay"
 ckpt = dict(enable_save_ckpt=False, auto_resume=False)
-data = dict(seq_len={seq_len}, micro_num={micro_num}, micro_bsz={micro_bsz}, total_steps={total_steps}, skip_batches="", rampup_batch_size="", pack_sample_into_one=False)
+data = dict(seq_len={seq_len}, micro_num={micro_num}, micro_bsz={micro_bsz}, total_steps={total_steps},
+            skip_batches="", rampup_batch_size="", pack_sample_into_one=False)
 grad_scaler = {grad_scaler}
 hybrid_zero_optimizer = dict(reduce_bucket_size=2**20, clip_grad_norm={clip})
 loss = dict(label_smoothing={label_smoothing})

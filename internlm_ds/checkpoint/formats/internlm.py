@@ -91,6 +91,12 @@ def find_model_files(folder: Path) -> dict[tuple[int, int], Path]:
     found = {
         (int(m[1]), int(m[2])): path for path in sorted(folder.iterdir()) if (m := MODEL_FILE.fullmatch(path.name))
     }
+    split = [path.name for path in sorted(folder.iterdir()) if OTHER_SPLIT.fullmatch(path.name)]
+    if split:
+        raise CheckpointError(
+            f"{folder}: {split[0]} was written with the weights themselves split over ranks (isp or fsdp), which this "
+            "version does not read; save it once in mtp mode"
+        )
     if not found:
         raise CheckpointError(
             f"{folder} is no InternLM checkpoint: it has no model_tp0_pp0.pt; {_what_lies_there(folder)}"

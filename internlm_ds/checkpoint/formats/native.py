@@ -15,7 +15,7 @@ import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -298,7 +298,8 @@ class NativeCheckpoint:
     def model_config(self) -> ModelConfig | None:
         """The model's settings, None if the writer did not give them."""
         settings = self.manifest.model.get("settings")
-        return ModelConfig(**settings) if settings else None
+        known = {field.name for field in fields(ModelConfig)}
+        return ModelConfig(**{k: v for k, v in settings.items() if k in known}) if settings else None
 
     @property
     def weight_names(self) -> tuple[str, ...]:

@@ -52,14 +52,17 @@ def test_bad_address_says_what_would_work(text, message):
 
 
 def test_storage_that_this_version_lacks_says_so():
-    with pytest.raises(CheckpointError, match="boto3 storage is not built into this version.*local:/path"):
+    with pytest.raises(CheckpointError, match=r"boto3 storage is not built into this version.*local:/path"):
         base.of(address.parse("s3://bucket/x"))
 
 
 @pytest.mark.parametrize(
     ("text", "instead"),
     [
-        ("volc:vc://bucket.tos.example.com/run/7", "boto3:s3://bucket/run/7 with AWS_ENDPOINT_URL=https://tos.example.com"),
+        (
+            "volc:vc://bucket.tos.example.com/run/7",
+            "boto3:s3://bucket/run/7 with AWS_ENDPOINT_URL=https://tos.example.com",
+        ),
         ("oss2:ali://bucket.oss.example.com/", "boto3:s3://bucket with AWS_ENDPOINT_URL=https://oss.example.com"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 from dataclasses import replace
@@ -22,7 +23,7 @@ def fragments_of(weights, *, cuts):
         flat = weight.flatten()
         borders = [0, *(int(flat.numel() * cut) for cut in cuts), flat.numel()]
         for number, kind in enumerate(native.KINDS):
-            for start, stop in zip(borders, borders[1:]):
+            for start, stop in itertools.pairwise(borders):
                 yield Fragment(name, kind, start, flat[start:stop] + number)
 
 
@@ -170,7 +171,7 @@ def test_disk_that_other_ranks_do_not_share_is_noticed(tmp_path, tiny_weights):
         (storage.folder / "weights-rank00000-00000.safetensors").unlink()
         yield from ()
 
-    with pytest.raises(CheckpointError, match="rank 0 does not see it; is .* shared by all machines"):
+    with pytest.raises(CheckpointError, match=r"rank 0 does not see it; is .* shared by all machines"):
         native.save(
             tmp_path / "5",
             weights=weights(),
@@ -190,7 +191,9 @@ def test_what_is_not_there_says_so(tmp_path, tiny_weights, tiny_arch):
     checkpoint = native.open(save(tmp_path / "5", tiny_weights, tiny_arch, fragments=()))
     with pytest.raises(CheckpointError, match=r"has no parameter 'x'; it has embedding\.weight, .* \(39 in all\)"):
         checkpoint.weight("x")
-    with pytest.raises(CheckpointError, match=r"no exp_avg for elements 2 to 6 of 'norm\.weight'; it holds no optimizer"):
+    with pytest.raises(
+        CheckpointError, match=r"no exp_avg for elements 2 to 6 of 'norm\.weight'; it holds no optimizer"
+    ):
         checkpoint.fragment("norm.weight", "exp_avg", 2, 4)
 
 

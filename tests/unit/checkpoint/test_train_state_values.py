@@ -16,9 +16,11 @@ from internlm_ds.checkpoint import train_state
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary(max_size=8),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.tuples(inner, inner)
-    | st.dictionaries(st.text() | st.integers() | st.just("$tuple"), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.tuples(inner, inner)
+        | st.dictionaries(st.text() | st.integers() | st.just("$tuple"), inner, max_size=3)
+    ),
     max_leaves=12,
 )
 

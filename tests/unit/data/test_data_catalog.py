@@ -130,6 +130,17 @@ def test_bin_changed_while_training(tmp_path: Path) -> None:
             kept.read(1)
 
 
+def test_bin_gone_while_training(tmp_path: Path) -> None:
+    path = write_bin(tmp_path / "en/x.bin", [[1, 2]])
+    kept = catalog.open_kept(str(path)).samples
+    for spoil in (lambda: path.write_bytes(b""), path.unlink):
+        spoil()
+        with pytest.raises(
+            DataFormatError, match=r"x\.bin: the file was there at the start and cannot be read any more"
+        ):
+            kept.read(0)
+
+
 def test_ids_beyond_the_vocabulary_are_found_before_training(tmp_path: Path) -> None:
     write_bin(tmp_path / "en/x.bin", [[1, 2], [3], [4, -50]])
     assert _all(tmp_path, vocab_size=51)

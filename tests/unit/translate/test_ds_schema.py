@@ -1,4 +1,4 @@
-"""The stored table of DeepSpeed's key names against the installed package, derived afresh from its classes and constants.
+"""The stored table of DeepSpeed's key names against the installed package: derived afresh, and compared.
 
 Regenerate after a DeepSpeed upgrade: `pytest tests/unit/translate/test_ds_schema.py --update-snapshots`.
 """
@@ -40,7 +40,7 @@ FREE: dict[str, typing.Any] = {"*": "any"}
 
 
 def derive() -> dict[str, typing.Any]:
-    """Every key that DeepSpeed reads from its JSON, with nesting: from its pydantic classes, and from its constants elsewhere."""
+    """Every key that DeepSpeed reads from its JSON: from its pydantic classes, and from its constants elsewhere."""
     c, top = constants, {}
     for name in (
         c.TRAIN_BATCH_SIZE,

@@ -1,2 +1,0 @@
-"""x"""
-def f(a): return a + 1
