@@ -131,18 +131,16 @@ def _tensor_problem(
 ) -> Problem | None:
     """All that `parallel.tensor` must divide at once, so that what is possible is possible in every respect."""
     tensor, pipe = config.parallel.tensor.size, config.parallel.pipeline.size
-    if world_size < 1:
+    if world_size < 1 or tensor < 1:
         return None
-    if pipe > 1 and world_size % pipe == 0:
-        constraints = [(f"world size / parallel.pipeline = {world_size} / {pipe}", world_size // pipe)]
-    else:
-        constraints = [("the world size", world_size)]
+    constraints = [("the world size", world_size)]
     if not wrong & {"model.hidden_size", "model.mlp_ratio"}:
         constraints += [(name, size) for name, size in _arch.tensor_divisors(config) if name not in wrong]
     broken = [f"{name} = {size}" for name, size in constraints if size % tensor]
-    if not broken or tensor == 1:
+    if not broken:
         return None
-    possible = ranks.divisors(math.gcd(*(size for _, size in constraints)))
+    left = world_size // pipe if world_size % pipe == 0 else world_size
+    possible = ranks.divisors(math.gcd(left, *(size for _, size in constraints)))
     listed = f"{', '.join(broken[:-1])} and {broken[-1]}" if len(broken) > 1 else broken[0]
     message = f"must divide {listed}; possible here: {', '.join(map(str, possible))}"
     line = line_of("parallel.tensor.size") or line_of("parallel.tensor")

@@ -150,8 +150,9 @@ class Reader:
         return values
 
     def nested(self, path: Path, section: Section, tree: Any, *, written: Path) -> Any:
-        """A section inside a section, as its dataclass."""
-        return section.schema(**self.section(path, section, tree, written=written))
+        """A section as its dataclass."""
+        values = self.section(path, section, tree, written=written)
+        return section.schema(**{key: value for key, value in values.items() if key not in section.legacy})
 
     def _note_below(self, key: str, note: str) -> None:
         for name in [name for name in self.leaves if name == key or name.startswith(key + ".")]:

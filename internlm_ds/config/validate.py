@@ -122,13 +122,13 @@ def _top_values(reader: Reader) -> dict[str, Any]:
 
 def _plain(reader: Reader, sections: dict[str, str], name: str) -> Any:
     """A section that needs no look at others."""
-    return SECTIONS[name].schema(**_read(reader, sections, name))
-
-
-def _read(reader: Reader, sections: dict[str, str], name: str, **how: Any) -> dict[str, Any]:
     written = sections.get(name, name)
-    tree = reader.values.get(written, MISSING)
-    return reader.section((name,), SECTIONS[name], tree, written=(written,), **how)
+    return reader.nested((name,), SECTIONS[name], reader.values.get(written, MISSING), written=(written,))
+
+
+def _read(reader: Reader, sections: dict[str, str], name: str) -> dict[str, Any]:
+    written = sections.get(name, name)
+    return reader.section((name,), SECTIONS[name], reader.values.get(written, MISSING), written=(written,))
 
 
 def _deepspeed(reader: Reader) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from internlm_ds.checkpoint import address as addresses
 from internlm_ds.checkpoint.formats import hf, internlm, native
 from internlm_ds.checkpoint.search import Format, detect
 from internlm_ds.checkpoint.storage import base
-from internlm_ds.checkpoint.storage.local import LocalStorage
+from internlm_ds.checkpoint.storage.local import CONVERTING, LocalStorage
 from internlm_ds.convert.sources import Source, dict_of_model, open_source
 from internlm_ds.errors import CheckpointError, ConversionError
 from internlm_ds.layout.ranks import Layout
@@ -99,7 +99,7 @@ def convert(request: Request, *, progress: Callable[[str], None] = lambda line: 
     source = open_source(source_folder, request.source_format, config=request.config, mlp_names=request.mlp_names)
     dtype = DTYPES[request.dtype] if request.dtype else source.dtype
     storage = LocalStorage()
-    temporary = storage.make_temporary(target)
+    temporary = storage.make_temporary(target, prefix=CONVERTING)
     try:
         _WRITERS[request.target_format](temporary, source, request, dtype, progress)
         if request.verify:

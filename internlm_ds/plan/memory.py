@@ -215,8 +215,10 @@ def block_bytes(arch: ModelArch, model: ModelConfig, *, tokens: int) -> int:
         norms = 2 * b * T * H
     else:
         norms = 2 * (4 + (b if model.norm_type == "rmsnorm" else 4)) * T * H
-    dropped = 2 * T * H if model.drop_rate and not model.dropout_selective_checkpoint else 0
-    return b * T * (hidden * H + wide * arch.mlp_hidden_size) + statistics + norms + dropped
+    if model.drop_rate:
+        # the residual behind dropout is another tensor than the block's input; else one byte of mask an element
+        norms += b * T * H if model.dropout_selective_checkpoint else 2 * T * H
+    return b * T * (hidden * H + wide * arch.mlp_hidden_size) + statistics + norms
 
 
 def block_formula(model: ModelConfig) -> str:

@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import multiprocessing
 import os
+import pickle
 import sys
 import tempfile
 import time
@@ -84,7 +85,7 @@ def _collect(processes: Sequence[Any], pipes: Sequence[Connection], *, timeout_s
             raise RankError(f"ranks {sorted(waiting)} did not finish within {timeout_s:g} s")
         for rank in [r for r, pipe in waiting.items() if pipe in ready]:
             try:
-                good, value = waiting.pop(rank).recv()
+                good, value = pickle.loads(waiting.pop(rank).recv_bytes())
             except EOFError:
                 processes[rank].join()
                 raise RankError(f"rank {rank} died with exit code {processes[rank].exitcode}") from None
@@ -105,15 +106,20 @@ def _rank_main(
 ) -> None:
     try:
         value = _call(where, layout, rank, store, timeout_s, args)
-        pipe.send((True, value))
+        _send(pipe, True, value)
     except BaseException:
-        pipe.send((False, traceback.format_exc()))
+        _send(pipe, False, traceback.format_exc())
     finally:
         pipe.close()
         sys.stdout.flush()
         sys.stderr.flush()
         # a peer may be gone: process groups are not worth waiting for
         os._exit(0)
+
+
+def _send(pipe: Connection, good: bool, value: Any) -> None:
+    # by value: multiprocessing's own pickler would share a tensor's memory, which ends with this process
+    pipe.send_bytes(pickle.dumps((good, value)))
 
 
 def _call(

@@ -10,7 +10,7 @@ import logging
 import time
 from typing import Any, Protocol
 
-from internlm_ds.checkpoint.formats import internlm, native
+from internlm_ds.checkpoint.formats import native
 from internlm_ds.checkpoint.manager import CheckpointManager, SaveTask, Start, plan_start
 from internlm_ds.engine import state as engine_state
 from internlm_ds.engine.engine import Engine
@@ -129,6 +129,8 @@ class RunCheckpoints:
 
     def _restore_native(self, start: Start, state: TrainState) -> None:
         saved = native.open(start.path, verify=False)  # plan_start has compared it with its checksums
+        if self.spec.arch is not None:
+            saved.check_fits(self.spec.arch)
         values = saved.train_state
         if "model" in start.parts:
             engine_state.load_weights(self.engine, saved.weight)
@@ -166,19 +168,12 @@ class RunCheckpoints:
             scaler.refresh()
 
     def _restore_weights_only(self, start: Start) -> None:
-        """InternLM's own files: merged over their tensor and pipeline ranks, at whatever layout this run has."""
+        """Another system's files: merged over their ranks, at whatever layout this run has."""
         if self.spec.arch is None:
             raise CheckpointError(
-                f"model_type = {self.spec.config.model_type!r} has no table of parameters that the InternLM "
-                f"checkpoint {start.path} could be matched with; load a native checkpoint instead"
+                f"model_type = {self.spec.config.model_type!r} has no table of parameters that the checkpoint "
+                f"{start.path} ({start.kind}) could be matched with; load a native checkpoint instead"
             )
-        if start.kind != "internlm":
-            raise CheckpointError(
-                f"{start.path} is a checkpoint of type {start.kind!r}, which this version cannot train from; "
-                "it trains from native and InternLM checkpoints"
-            )
-        weights = internlm.read_weights(
-            start.path, arch=self.spec.arch, mlp_names=self.spec.config.internlm_ds.compat.mlp_names
-        )
+        weights = start.weights(self.spec.arch, mlp_names=self.spec.config.internlm_ds.compat.mlp_names)
         engine_state.load_weights(self.engine, weights.__getitem__)
         engine_state.refresh_masters(self.engine, weights.__getitem__)

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from internlm_ds.monitor.sinks import strict
+from internlm_ds.config.render import as_json, json_value
 from internlm_ds.parallel.comm import ProcessComm
 from internlm_ds.runspec import RunSpec
 from internlm_ds.translate import Translation
@@ -27,14 +27,10 @@ def write(folder: Path, *, spec: RunSpec, translation: Translation) -> None:
     """Write config.py, resolved.json, ds_config.json and translation.json; rank 0 alone calls it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.py").write_text(spec.text, encoding="utf-8")
-    resolved = {
-        leaf.key: {"value": leaf.value, "origin": leaf.origin, "line": leaf.line, "file": leaf.file, "note": leaf.note}
-        for leaf in spec.leaves
-    }
-    _write_json(folder / "resolved.json", resolved)
+    _write_json(folder / "resolved.json", [as_json(leaf, path=spec.path) for leaf in spec.leaves])
     _write_json(folder / "ds_config.json", translation.ds_config)
     _write_json(folder / "translation.json", [note.as_json() for note in translation.notes])
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(strict(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(json_value(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")

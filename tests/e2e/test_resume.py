@@ -19,7 +19,7 @@ pytestmark = pytest.mark.timeout(300)
         ("float32", 2, []),
         ("float32", 2, ["parallel.pipeline=2"]),
         ("bfloat16", 1, []),
-        ("float16", 1, ["grad_scaler.fp16.initial_scale=4194304"]),
+        ("float16", 1, ["grad_scaler.fp16.initial_scale=524288"]),
     ],
     ids=["fp32", "fp32-data2", "fp32-pipe2", "bf16", "fp16-overflow"],
 )

@@ -99,6 +99,6 @@ def zero1_deviation(parallel: dict, *, data: int) -> dict:
     return {"zero1": data} if size <= 0 else {}
 
 
-def content_without_model(content: Sequence[str]) -> bool:
-    """docs/compatibility.md, loading: a `content` that leaves out "model" loads what it names; the reference loads nothing."""
+def content_without_model(content: list) -> bool:
+    """compatibility: a `content` that leaves out "model" loads what it names; the reference loads nothing."""
     return not {"model", "all"} & {name.lower() for name in content}

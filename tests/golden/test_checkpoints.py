@@ -1,4 +1,4 @@
-"""Checkpoint folders as the reference wrote them: every file opens, weights of every layout merge to the same parameters."""
+"""Checkpoint folders as the reference wrote them: every file opens, weights of every layout merge to the same."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from internlm_ds.checkpoint.manager import find_checkpoints
 from internlm_ds.convert.sources import model_of_dict
 
 LEARNED = 0.02
-"""How far three or four updates at a rate of at most 1e-3 can carry a weight, rounded to bf16; misplaced ones differ by 0.1."""
+"""How far four updates at a rate of at most 1e-3 can carry a weight, rounded to bf16; misplaced ones differ by 0.1."""
 
 CASES = cases.case_folders("checkpoints", "layout.json")
 
@@ -62,7 +62,9 @@ def test_checkpoints_weights_merge(case):
         for spec in arch.iter_params():
             weight = weights[spec.name]
             assert weight.dtype == torch.bfloat16
-            torch.testing.assert_close(weight.float(), initial(spec.name, spec.shape), rtol=0, atol=LEARNED, msg=spec.name)
+            torch.testing.assert_close(
+                weight.float(), initial(spec.name, spec.shape), rtol=0, atol=LEARNED, msg=spec.name
+            )
 
 
 def test_checkpoints_latest_is_found(case):

@@ -163,3 +163,32 @@ def _divisible(parallel: dict[str, Any]) -> list[list[Any]]:
         ["model.mlp_ratio", 1.0],
         ["model.num_layers", 128],
     ]
+
+
+def test_four_mistakes_are_one_error_that_lists_all(tmp_path: Path) -> None:
+    """Two misspelt keys, one of them required, a wrong range and a size that divides nothing."""
+    text = _seed()
+    for old, new in (
+        ("    micro_num=4", "    micro_nun=4"),
+        ("clip_grad_norm=", "clip_grad_norn="),
+        ("    zero1=8,", "    zero1=8, tensor=3,"),
+        ('skip_batches=""', 'skip_batches="10-5"'),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    path = tmp_path / "four.py"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        resolve(path, world_size=8)
+    lines = text.splitlines()
+    found = {problem.key: (str(problem), problem.line) for problem in caught.value.problems}
+    assert sorted(found) == [
+        "data.micro_nun",
+        "data.skip_batches",
+        "hybrid_zero_optimizer.clip_grad_norn",
+        "parallel.tensor",
+    ]
+    for word, (message, line) in zip(("micro_nun", "10-5", "clip_grad_norn", "tensor=3"), found.values()):
+        assert line is not None
+        assert word in lines[line - 1]
+        assert "did you mean" in message or "write" in message or "possible here: 1, 2, 4, 8" in message

@@ -15,7 +15,7 @@ from internlm_ds.convert.run import Request, convert
 FILES = "_hf_state_dict.pt"
 NAMES = {"bias": "attention_bias"}
 OTHER_ANSWERS = {"rotary", "max_position_embeddings"}
-"""`rotary` is a key of the reference's own class; `max_position_embeddings` is an option of its script, ours is the model's."""
+"""`rotary` is of the reference's own class; `max_position_embeddings` an option of its script, ours is the model's."""
 
 
 def names() -> list[str]:

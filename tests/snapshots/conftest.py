@@ -1,4 +1,4 @@
-"""`--update-snapshots`: rewrite the stored outputs instead of comparing with them (on this folder; then read the diff)."""
+"""`--update-snapshots`: rewrite the stored outputs instead of comparing with them (on this folder)."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ class Storage(Protocol):
 
     def exists(self, path: Path) -> bool: ...
 
-    def make_temporary(self, final: Path) -> Path:
-        """A new empty folder from which `publish` can move to `final`."""
+    def make_temporary(self, final: Path, *, prefix: str = ...) -> Path:
+        """A new empty folder beside `final`, from which `publish` can move; its name begins with `prefix`."""
 
     def publish(self, temporary: Path, final: Path) -> None:
         """Make `final` be what `temporary` holds, at once, through to the disk; what was there before is removed."""

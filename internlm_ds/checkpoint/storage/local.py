@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 
 TEMPORARY = ".tmp-"
+CONVERTING = ".converting-"  # not a run's: `recover` leaves it alone
 REPLACED = ".replaced-"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
@@ -25,9 +26,9 @@ class LocalStorage:
     def exists(self, path: Path) -> bool:
         return path.exists()
 
-    def make_temporary(self, final: Path) -> Path:
+    def make_temporary(self, final: Path, *, prefix: str = TEMPORARY) -> Path:
         final.parent.mkdir(parents=True, exist_ok=True)
-        folder = final.parent / f"{TEMPORARY}{final.name}-{secrets.token_hex(4)}"
+        folder = final.parent / f"{prefix}{final.name}-{secrets.token_hex(4)}"
         folder.mkdir()
         return folder
 

@@ -144,7 +144,7 @@ def test_sources_that_cannot_be_read(tmp_path, native_folder, weights):
     with pytest.raises(CheckpointError, match="boto3 storage is not built"):
         convert(ask("s3://b/x", tmp_path / "out", "hf"))
     (native_folder / "config.py").write_text("changed")
-    with pytest.raises(CheckpointDamagedError, match="config.py"):
+    with pytest.raises(CheckpointDamagedError, match=r"config\.py"):
         convert(ask(native_folder, tmp_path / "out", "hf"))
 
 
