@@ -59,9 +59,10 @@ golden: $(INSTALLED_TEST)
 debug-train: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python launch/pretrain.py --config model_configs/debug_cpu.py --run-dir runs/debug
 
-# the long loops: every property with many more examples, fresh ones each time
+# the long loops: tests marked `soak`, and every property with many more examples
 soak: $(INSTALLED_TEST)
-	INTERNLM_DS_SOAK=1 $(PYTEST) -m "soak or property" --timeout 3600 tests
+	INTERNLM_DS_SOAK=1 PYTHONPATH=tests $(PYTEST) -p soak_profile --timeout 3600 \
+		-m "soak or hypothesis" tests
 
 format: $(INSTALLED_TEST)
 	$(RUFF) format .

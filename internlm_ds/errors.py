@@ -156,7 +156,7 @@ class TrainingStoppedError(InternlmDsError):
 
 
 def guarded(action: Callable[[], int]) -> int:
-    """Run `action`; print an `InternlmDsError` as plain lines on stderr and return its exit code.
+    """Run `action`; print an `InternlmDsError` as plain lines on stderr and return its exit code, 130 for a Ctrl-C.
 
     With `INTERNLM_DS_DEBUG=1` the traceback is shown instead.
     """
@@ -167,6 +167,9 @@ def guarded(action: Callable[[], int]) -> int:
             raise
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         # the reader of our output went away (`| head`): nothing is wrong, and Python must not complain at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -136,6 +136,8 @@ def _tensor_problem(
     constraints = [("the world size", world_size)]
     if not wrong & {"model.hidden_size", "model.mlp_ratio"}:
         constraints += [(name, size) for name, size in _arch.tensor_divisors(config) if name not in wrong]
+    if config.parallel.sequence_parallel and not wrong & {"data.micro_bsz", "data.seq_len"}:
+        constraints.append(("data.micro_bsz * data.seq_len", config.data.micro_bsz * config.data.seq_len))
     broken = [f"{name} = {size}" for name, size in constraints if size % tensor]
     if not broken:
         return None

@@ -3,7 +3,7 @@
 #SBATCH --job-name=internlm-ds
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
-#SBATCH --gpus-per-task=1
+#SBATCH --gpus-per-node=8
 #SBATCH --signal=TERM@120
 set -euo pipefail
 config=${1:?usage: sbatch launch/slurm_pretrain.sh CONFIG [options]}

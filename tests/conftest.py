@@ -8,5 +8,5 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-for folder in ("golden", "e2e"):
+for folder in ("golden", "e2e", "distributed"):
     sys.path.insert(0, str(Path(__file__).parent / folder))

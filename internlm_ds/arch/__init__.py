@@ -56,16 +56,17 @@ def check(config: Config, *, line_of: Callable[[str], int | None]) -> list[Probl
 
 
 def tensor_divisors(config: Config) -> list[tuple[str, int]]:
-    """Sizes that `parallel.tensor` must divide, with their names; none for registered model types."""
+    """Sizes that `parallel.tensor` must divide, with their names; none for registered model types.
+
+    The vocabulary is not among them: its slices may differ in length.
+    """
     model = config.model
     if config.model_type not in MODEL_FAMILIES:
         return []
-    width = internlm.mlp_hidden_size(model.hidden_size, model.mlp_ratio)
+    width = internlm.mlp_width(model)
     found = [("model.num_attention_heads", model.num_attention_heads)]
     if model.num_kv_attention_heads is not None:
         found.append(("model.num_kv_attention_heads", model.num_kv_attention_heads))
-    if not model.is_reward or not model.embed_split_hidden:
-        found.append(("model.vocab_size", model.vocab_size))
     found.append(("the MLP width", width))
     return found
 

@@ -27,11 +27,16 @@ def mlp_hidden_size(hidden_size: int, mlp_ratio: float, *, multiple_of: int = ML
     return multiple_of * math.ceil(int(hidden_size * mlp_ratio) / multiple_of)
 
 
+def mlp_width(model: ModelConfig) -> int:
+    """Width of the MLP of a configuration; the plain one of `use_swiglu=False` is not rounded."""
+    if not model.use_swiglu:
+        return int(model.hidden_size * model.mlp_ratio)
+    return mlp_hidden_size(model.hidden_size, model.mlp_ratio)
+
+
 def build(model: ModelConfig) -> ModelArch:
     """The blueprint of an InternLM v1 model with these sizes."""
-    h, width = model.hidden_size, mlp_hidden_size(model.hidden_size, model.mlp_ratio)
-    if not model.use_swiglu:
-        width = int(h * model.mlp_ratio)  # the plain MLP is not rounded
+    h, width = model.hidden_size, mlp_width(model)
     layers = [
         LayerSpec("embedding", "embedding", (_embedding(model),)),
         *(
@@ -39,15 +44,7 @@ def build(model: ModelConfig) -> ModelArch:
             for i in range(model.num_layers)
         ),
         LayerSpec("norm", "norm", _norm(model, "norm")),
-        LayerSpec(
-            "head",
-            "head",
-            (
-                ParamSpec(
-                    "head.weight", (1 if model.is_reward else model.vocab_size, h), "head", EMBEDDING_STD, split_dim=0
-                ),
-            ),
-        ),
+        LayerSpec("head", "head", (_head(model),)),
     ]
     return ModelArch(
         family="internlm",
@@ -66,7 +63,13 @@ def _embedding(model: ModelConfig) -> ParamSpec:
     shape = (model.vocab_size, model.hidden_size)
     if model.embed_split_hidden or not model.use_flash_attn:
         return ParamSpec("embedding.weight", shape, "embedding", EMBEDDING_STD, split_dim=1)
-    return ParamSpec("embedding.word_embeddings.weight", shape, "embedding", EMBEDDING_STD, split_dim=0)
+    name = "embedding.word_embeddings.weight"
+    return ParamSpec(name, shape, "embedding", EMBEDDING_STD, split_dim=0, uneven=True)
+
+
+def _head(model: ModelConfig) -> ParamSpec:
+    shape = (1 if model.is_reward else model.vocab_size, model.hidden_size)
+    return ParamSpec("head.weight", shape, "head", EMBEDDING_STD, split_dim=0, uneven=True)
 
 
 def _norm(model: ModelConfig, prefix: str, *, layer: int | None = None) -> tuple[ParamSpec, ...]:

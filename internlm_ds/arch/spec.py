@@ -29,6 +29,7 @@ class ParamSpec:
         parts: Number of equal blocks along `split_dim` that are each split over tensor ranks (3 for a packed
             `[q; k; v]`, 1 for a plain matrix): rank r owns the r-th slice of every block.
         granule: Elements along `split_dim` (within one part) that must stay on one rank, e.g. a head's width.
+        uneven: Tensor ranks may hold slices of different lengths along `split_dim`: a vocabulary need not divide.
         on_first_tensor_rank_only: The bias that is added once, after a row-parallel product: tensor rank 0 owns it.
         layer: Global layer number for block parameters, None otherwise.
     """
@@ -41,6 +42,7 @@ class ParamSpec:
     split_dim: int | None = None
     parts: int = 1
     granule: int = 1
+    uneven: bool = False
     on_first_tensor_rank_only: bool = False
     layer: int | None = None
 

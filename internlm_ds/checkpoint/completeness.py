@@ -7,24 +7,24 @@ business. Each function returns problems as lines, so that all of them are shown
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 from internlm_ds.arch.spec import ModelArch
-from internlm_ds.checkpoint.manifest import StoredFragment, StoredParameter
+from internlm_ds.checkpoint.manifest import StoredFragment, StoredParameter, key_of
 
 
 def check_parameters(parameters: list[StoredParameter], *, arch: ModelArch | None) -> list[str]:
-    """Every parameter once, in the blueprint's shape."""
-    counts: dict[str, int] = defaultdict(int)
+    """Every parameter once, whole or in the shards of all tensor ranks, in the blueprint's shape."""
+    by_name: dict[str, list[StoredParameter]] = defaultdict(list)
     for parameter in parameters:
-        counts[parameter.name] += 1
-    problems = [f"{name}: written by {count} ranks" for name, count in counts.items() if count > 1]
+        by_name[parameter.name].append(parameter)
+    problems = [problem for name, held in by_name.items() for problem in _check_shards(name, held)]
     if arch is None:
         return problems
     shapes = {spec.name: tuple(spec.shape) for spec in arch.iter_params()}
-    problems += [f"{name}: written by no rank" for name in shapes if name not in counts]
-    problems += [f"{p.name}: the model has no such parameter" for p in parameters if p.name not in shapes]
+    problems += [f"{name}: written by no rank" for name in shapes if name not in by_name]
+    problems += [f"{name}: the model has no such parameter" for name in by_name if name not in shapes]
     return problems + [
         f"{p.name}: shape {list(p.shape)}, the model has {list(shapes[p.name])}"
         for p in parameters
@@ -32,16 +32,35 @@ def check_parameters(parameters: list[StoredParameter], *, arch: ModelArch | Non
     ]
 
 
-def check_fragments(fragments: list[StoredFragment], numels: Mapping[str, int]) -> list[str]:
-    """The fragments of a kind, if there are any, cover every parameter once."""
+def _check_shards(name: str, held: list[StoredParameter]) -> list[str]:
+    if any(p.shard is None for p in held):
+        return [f"{name}: written by {len(held)} ranks"] if len(held) > 1 else []
+    shards = [p.shard for p in held if p.shard is not None]
+    if len({(s.dim, s.length, s.size) for s in shards}) > 1:
+        return [f"{name}: its shards were cut in different ways"]
+    covered = 0
+    for start, stop in sorted(span for shard in shards for span in shard.spans):
+        if start != covered:
+            what = "missing" if start > covered else "written twice"
+            low, high = sorted((covered, start))
+            return [f"{name}: indices {low} to {high} of dimension {shards[0].dim} are {what}"]
+        covered = stop
+    if covered == shards[0].length:
+        return []
+    return [f"{name}: indices {covered} to {shards[0].length} of dimension {shards[0].dim} are missing"]
+
+
+def check_fragments(fragments: list[StoredFragment], parameters: list[StoredParameter]) -> list[str]:
+    """The fragments of a kind, if there are any, cover every stored parameter or shard once."""
+    numels = {p.key: p.numel for p in parameters}
     by_kind: dict[str, dict[str, list[StoredFragment]]] = defaultdict(lambda: defaultdict(list))
     for fragment in fragments:
-        by_kind[fragment.kind][fragment.name].append(fragment)
+        by_kind[fragment.kind][key_of(fragment.name, fragment.tensor_rank)].append(fragment)
     problems = []
-    for kind, by_name in by_kind.items():
-        problems += [f"{kind} of {name}: no such parameter" for name in by_name if name not in numels]
-        for name, numel in numels.items():
-            problems += _check_cover(kind, name, by_name.get(name, []), numel=numel)
+    for kind, by_key in by_kind.items():
+        problems += [f"{kind} of {key}: no such parameter" for key in by_key if key not in numels]
+        for key, numel in numels.items():
+            problems += _check_cover(kind, key, by_key.get(key, []), numel=numel)
     return problems
 
 

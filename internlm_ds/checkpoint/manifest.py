@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,10 +18,12 @@ from typing import Any
 from internlm_ds.checkpoint import tensorfile
 from internlm_ds.checkpoint.tensorfile import FileRecord
 from internlm_ds.errors import CheckpointDamagedError, CheckpointError
+from internlm_ds.layout.shards import Shard
 
 NAME = "manifest.json"
 FORMAT = "internlm-ds native checkpoint"
-FORMAT_VERSION = 1
+# 2: parameters may lie in shards of tensor ranks
+FORMAT_VERSION = 2
 _BLANK = "0" * 64
 _LAST_KEY = '\n "checksum": "'
 _END = '"\n}\n'
@@ -28,32 +31,67 @@ _END = '"\n}\n'
 
 @dataclass(frozen=True)
 class StoredParameter:
-    """A whole parameter: safetensors file and (under its own name) the tensor in it."""
+    """A parameter, or what one tensor rank held of it: safetensors file and the tensor in it.
+
+    Attributes:
+        shape: Of the whole parameter.
+        shard: The part that is stored; None: all of it.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     file: str
+    shard: Shard | None = None
+
+    @property
+    def key(self) -> str:
+        """Name of the tensor in its safetensors file."""
+        return key_of(self.name, self.tensor_rank)
+
+    @property
+    def tensor_rank(self) -> int | None:
+        """The tensor rank whose shard it is."""
+        return None if self.shard is None else self.shard.rank
+
+    @property
+    def numel(self) -> int:
+        """Elements that are stored."""
+        return math.prod(self.shape if self.shard is None else self.shard.shape(self.shape))
 
 
 @dataclass(frozen=True)
 class StoredFragment:
-    """Elements `[start, start + numel)` of a flattened whole parameter, of one kind of optimizer state."""
+    """Elements `[start, start + numel)` of a flattened parameter, of one kind of optimizer state.
+
+    Attributes:
+        tensor_rank: Of the shard that was flattened (its `StoredParameter` describes it); None: the whole parameter.
+    """
 
     name: str
     kind: str
     start: int
     numel: int
     file: str
+    tensor_rank: int | None = None
 
     @property
     def key(self) -> str:
         """Name of the tensor in its safetensors file."""
-        return f"{self.kind}/{self.name}@{self.start}"
+        return f"{self.kind}/{key_of(self.name, self.tensor_rank)}@{self.start}"
 
     @property
     def stop(self) -> int:
         return self.start + self.numel
+
+
+def key_of(name: str, tensor_rank: int | None) -> str:
+    """A parameter's name with the tensor rank whose shard is meant.
+
+    >>> key_of("head.weight", 3)
+    'head.weight@tensor3'
+    """
+    return name if tensor_rank is None else f"{name}@tensor{tensor_rank}"
 
 
 @dataclass(frozen=True)
@@ -136,11 +174,18 @@ def _from_json(body: dict[str, Any]) -> Manifest:
     return Manifest(
         **{
             **fields,
-            "parameters": tuple(StoredParameter(**{**p, "shape": tuple(p["shape"])}) for p in body["parameters"]),
+            "parameters": tuple(_parameter(p) for p in body["parameters"]),
             "fragments": tuple(StoredFragment(**f) for f in body["fragments"]),
             "files": {name: FileRecord(**record) for name, record in body["files"].items()},
         }
     )
+
+
+def _parameter(body: dict[str, Any]) -> StoredParameter:
+    shard = body.get("shard")  # files of version 1 have none
+    if shard is not None:
+        shard = Shard(**{**shard, "spans": tuple((start, stop) for start, stop in shard["spans"])})
+    return StoredParameter(**{**body, "shape": tuple(body["shape"]), "shard": shard})
 
 
 def verify(folder: Path, manifest: Manifest, *, names: Iterable[str] | None = None) -> None:

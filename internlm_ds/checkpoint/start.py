@@ -143,10 +143,9 @@ def _resume(ckpt: CkptConfig, *, comm: Comm, verify: bool) -> Start | None:
             _check(candidate, comm=comm, verify=verify)
         except CheckpointDamagedError as error:
             damaged.append(str(error))
-            log.warning("%s\n  falling back to an older checkpoint", error)
             continue
         parts, note = _readable(candidate.path, candidate.kind, frozenset(PARTS), explicit=False)
-        passed = tuple(f"passed over: {text}" for text in damaged)
+        passed = tuple(f"passed over: {text}\n  falling back to an older checkpoint" for text in damaged)
         reason = _reason(candidate.path, candidate.kind, parts, f"auto_resume, step {candidate.step}{note}")
         if damaged:
             reason += f"; {len(damaged)} newer but damaged passed over"

@@ -180,6 +180,13 @@ class TensorReader:
         with _as_damage(self._folder / file):
             return self._file(file).get_slice(name)[start:stop]
 
+    def spans(self, file: str, name: str, *, dim: int, spans: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Ranges of indices along one dimension, one after another; only these are read."""
+        with _as_damage(self._folder / file):
+            held = self._file(file).get_slice(name)
+            pieces = [held[(slice(None),) * dim + (slice(start, stop),)] for start, stop in spans]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=dim)
+
     def _file(self, file: str):
         if file not in self._open:
             with _as_damage(self._folder / file):

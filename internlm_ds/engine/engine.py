@@ -19,6 +19,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
+from internlm_ds.engine import sequence_gradients
 from internlm_ds.engine.optimizer import InternlmLossScaler, Verdict, ZeroOptimizer
 from internlm_ds.optim.loss_scale import DynamicLossScale
 
@@ -77,6 +78,7 @@ class Engine(PipelineEngine):
         if isinstance(self.optimizer, ZeroOptimizer):
             self.optimizer.replica_group = zero_groups.replica
             self.optimizer.replica_size = zero_groups.replica_size
+        self._sequence_parallel_parameters = sequence_gradients.split_parameters(self.module)
         if not self.is_last_stage():
             # these stages start the backward timers in a hook and never stop them: DeepSpeed's pipeline has its own
             timers = self.engine_timers
@@ -164,6 +166,8 @@ class Engine(PipelineEngine):
 
     def _exec_reduce_grads(self) -> None:
         self._gradients_ready = time.perf_counter()
+        if self._sequence_parallel_parameters:
+            sequence_gradients.sum_over_tensor_ranks(self, self._sequence_parallel_parameters)
         if self.on_gradients is not None:
             self.on_gradients(self)
         super()._exec_reduce_grads()

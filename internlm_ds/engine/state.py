@@ -1,8 +1,10 @@
 """The engine's weights and optimizer states by logical name, in and out.
 
 A ZeRO rank holds slices of some parameters; `fragments` names each slice by parameter and position in the whole,
-flattened parameter, which is what makes a checkpoint independent of the layout that wrote it. Both optimizer classes
-keep the map from a parameter to its slice in `_hp_mapping`.
+flattened parameter, which is what makes a checkpoint independent of the layout that wrote it. A tensor rank holds
+shards of some parameters; these go out as they are, with the description that `parallel.shards` reads, and come in cut
+out of whole parameters or of the shards of any other layout. Both optimizer classes keep the map from a parameter to
+its slice in `_hp_mapping`.
 """
 
 from __future__ import annotations
@@ -12,27 +14,48 @@ from collections.abc import Callable, Iterator
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
-from internlm_ds.checkpoint.formats.native import Fragment
+from internlm_ds.checkpoint.formats.native import Fragment, NativeCheckpoint, Weight
 from internlm_ds.engine.engine import Engine
+from internlm_ds.layout.shards import Shard
+from internlm_ds.parallel.shards import shard_of_parameter, take
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+Whole = Callable[[str], torch.Tensor]
+
+
+def weights(engine: Engine) -> Iterator[Weight]:
+    """This stage's weights as this rank should write them: its shards, and on tensor rank 0 what is whole."""
+    for name, param in engine.logical_parameters():
+        if _speaks_for(engine, param):
+            yield Weight(name, param.detach(), shard_of_parameter(param))
 
 
 def fragments(engine: Engine) -> Iterator[Fragment]:
     """Master weights and moments of the slices this rank owns, 1-D fp32, one at a time.
 
+    Tensor ranks that hold a parameter whole are equal: the first speaks for them.
     Before the first update there are no moments yet: they are zero, and written as such.
     """
-    for name, _, mapping, flat in _slices(engine):
-        start, address = mapping.lp_fragment_address.start, mapping.hp_fragment_address
+    for name, param, mapping, flat in _slices(engine):
+        if not _speaks_for(engine, param):
+            continue
+        start, address, shard = (
+            mapping.lp_fragment_address.start,
+            mapping.hp_fragment_address,
+            shard_of_parameter(param),
+        )
         state = engine.optimizer.optimizer.state.get(flat, {})
-        yield Fragment(name, "master", start, mapping.hp_fragment.detach())
+        yield Fragment(name, "master", start, mapping.hp_fragment.detach(), shard)
         for kind in MOMENTS:
             moment = state.get(kind)
             if moment is None:
-                yield Fragment(name, kind, start, torch.zeros_like(mapping.hp_fragment))
+                yield Fragment(name, kind, start, torch.zeros_like(mapping.hp_fragment), shard)
             else:
-                yield Fragment(name, kind, start, moment.narrow(0, address.start, address.numel))
+                yield Fragment(name, kind, start, moment.narrow(0, address.start, address.numel), shard)
+
+
+def _speaks_for(engine: Engine, param: torch.nn.Parameter) -> bool:
+    return shard_of_parameter(param) is not None or engine.grid.get_slice_parallel_rank() == 0
 
 
 def num_updates(engine: Engine) -> int:
@@ -43,42 +66,59 @@ def num_updates(engine: Engine) -> int:
 
 
 @torch.no_grad()
-def load_weights(engine: Engine, weight: Callable[[str], torch.Tensor]) -> None:
-    """Fill this stage's parameters from `weight(logical name)`, in place; masters are not touched."""
+def load_weights(engine: Engine, source: NativeCheckpoint | Whole) -> None:
+    """Fill this stage's parameters, in place; masters are not touched.
+
+    Args:
+        source: A checkpoint, of which only this rank's part is read, or a function from a logical name to the whole
+            parameter.
+    """
+    read = _reader(source)
     for name, param in engine.logical_parameters():
-        param.data.copy_(weight(name).to(param.dtype))
+        param.data.copy_(read(name, shard_of_parameter(param)).to(param.dtype))
 
 
 @torch.no_grad()
-def refresh_masters(engine: Engine, weight: Callable[[str], torch.Tensor] | None = None) -> None:
+def refresh_masters(engine: Engine, source: NativeCheckpoint | Whole | None = None) -> None:
     """Make the fp32 masters equal the weights: after loading a model without its optimizer.
 
     Args:
-        weight: Gives the whole fp32 value of a parameter; without it the (possibly half-precision) weights are taken.
+        source: As `load_weights`, so that more than half precision arrives; without it the weights are taken.
     """
+    read = None if source is None else _reader(source)
     for name, param, mapping, _ in _slices(engine):
-        whole = (param.data if weight is None else weight(name)).flatten()
+        held = (param.data if read is None else read(name, shard_of_parameter(param))).flatten()
         address = mapping.lp_fragment_address
-        mapping.hp_fragment.data.copy_(whole.narrow(0, address.start, address.numel))
+        mapping.hp_fragment.data.copy_(held.narrow(0, address.start, address.numel))
+
+
+def _reader(source: NativeCheckpoint | Whole) -> Callable[[str, Shard | None], torch.Tensor]:
+    if isinstance(source, NativeCheckpoint):
+        return source.weight
+    return lambda name, shard: take(source(name), shard)
 
 
 @torch.no_grad()
-def load_fragments(engine: Engine, fragment: Callable[[str, str, int, int], torch.Tensor], *, num_updates: int) -> None:
-    """Fill masters and moments from `fragment(name, kind, start, numel)`.
+def load_fragments(
+    engine: Engine, fragment: Callable[[str, str, int, int, Shard | None], torch.Tensor], *, num_updates: int
+) -> None:
+    """Fill masters and moments.
 
     Args:
+        fragment: `fragment(name, kind, start, numel, shard)`: elements of the flattened shard, or whole parameter.
         num_updates: Adam's count; 0 leaves the moments to be made by the first update.
     """
-    for name, _, mapping, flat in _slices(engine):
+    for name, param, mapping, flat in _slices(engine):
+        shard = shard_of_parameter(param)
         source, target = mapping.lp_fragment_address, mapping.hp_fragment_address
-        mapping.hp_fragment.data.copy_(fragment(name, "master", source.start, source.numel))
+        mapping.hp_fragment.data.copy_(fragment(name, "master", source.start, source.numel, shard))
         if num_updates == 0:
             continue
         state = engine.optimizer.optimizer.state[flat]
         if not state:
             _new_adam_state(state, flat)
         for kind in MOMENTS:
-            moment = fragment(name, kind, source.start, source.numel)
+            moment = fragment(name, kind, source.start, source.numel, shard)
             state[kind].narrow(0, target.start, target.numel).copy_(moment)
     for state in engine.optimizer.optimizer.state.values():
         state["step"].fill_(num_updates)

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from internlm_ds.arch.spec import ParamSpec
-from internlm_ds.parallel.collectives import require_single
+from internlm_ds.layout.shards import holds, shard_of
 from internlm_ds.parallel.context import Axis
+from internlm_ds.parallel.shards import shard_of_parameter, take
 
 
 def stream_seed(seed: int, name: str) -> int:
@@ -37,35 +38,35 @@ def initial_value(spec: ParamSpec, seed: int) -> Tensor:
     return value.normal_(0.0, spec.init_std, generator=generator)
 
 
-def local_slice(whole: Tensor, spec: ParamSpec, tensor: Axis) -> Tensor:
-    """This rank's part of a whole parameter.
+def name_parameters(
+    module: nn.Module, prefix: str, specs: Sequence[ParamSpec], *, tensor: Axis, sequence_parallel: bool = False
+) -> None:
+    """Write the blueprint's facts onto an entry's parameters.
 
-    Raises:
-        LayoutError: The axis has more than one rank.
+    * `logical_name`, which checkpoints use;
+    * `tensor_shard` on shards: the part of the whole that this rank holds;
+    * `tensor_model_parallel` on shards: DeepSpeed counts these on every tensor rank when it takes the gradient norm;
+    * `sequence_parallel` on what every rank holds whole but sees its own tokens with: gradients are to be summed.
     """
-    assert tuple(whole.shape) == tuple(spec.shape), f"{spec.name}: {tuple(whole.shape)} is not {spec.shape}"
-    require_single(tensor)
-    return whole
-
-
-def name_parameters(module: nn.Module, prefix: str, specs: Sequence[ParamSpec], tensor: Axis) -> None:
-    """Write the blueprint's facts onto an entry's parameters: `logical_name`, and `tensor_model_parallel` on shards.
-
-    The second is how DeepSpeed knows which parameters to count on every tensor rank when it takes the gradient norm.
-    """
-    by_name = {spec.name: spec for spec in specs if not (spec.on_first_tensor_rank_only and tensor.rank > 0)}
+    by_name = {spec.name: spec for spec in specs if holds(spec, rank=tensor.rank)}
     found = {f"{prefix}.{local}": parameter for local, parameter in module.named_parameters()}
     assert found.keys() == by_name.keys(), f"module and blueprint differ in {sorted(found.keys() ^ by_name.keys())}"
     for name, parameter in found.items():
+        spec = by_name[name]
         parameter.logical_name = name
-        if tensor.size > 1 and by_name[name].split_dim is not None:
-            parameter.tensor_model_parallel = True
+        shard = shard_of(spec, size=tensor.size, rank=tensor.rank)
+        shape = tuple(spec.shape) if shard is None else shard.shape(spec.shape)
+        assert tuple(parameter.shape) == shape, f"{name}: module has {tuple(parameter.shape)}, blueprint {shape}"
+        if shard is not None:
+            parameter.tensor_shard, parameter.tensor_model_parallel = shard, True
+        elif sequence_parallel and not spec.on_first_tensor_rank_only:
+            parameter.sequence_parallel = True
 
 
-def fill(module: nn.Module, specs: Sequence[ParamSpec], *, seed: int, tensor: Axis) -> None:
-    """Give every named parameter of an entry its initial value, in place and in its own dtype."""
+def fill(module: nn.Module, specs: Sequence[ParamSpec], *, seed: int) -> None:
+    """Give every named parameter of an entry its initial value, in place and in its own dtype; a shard its part."""
     by_name = {spec.name: spec for spec in specs}
     with torch.no_grad():
         for parameter in module.parameters():
             spec = by_name[parameter.logical_name]
-            parameter.copy_(local_slice(initial_value(spec, seed), spec, tensor))
+            parameter.copy_(take(initial_value(spec, seed), shard_of_parameter(parameter)))

@@ -17,12 +17,12 @@ from internlm_ds.arch.spec import LayerSpec, ModelArch
 from internlm_ds.attention.select import Attend, attention_function
 from internlm_ds.config.schema import ModelConfig
 from internlm_ds.errors import ConfigError
+from internlm_ds.layout.shards import shard_of
 from internlm_ds.model import block, init
 from internlm_ds.model.mlp import GeluMlp, SwigluMlp
 from internlm_ds.model.norm import build_norm
 from internlm_ds.model.rotary import Rotary
 from internlm_ds.model.self_attention import SelfAttention
-from internlm_ds.parallel.collectives import require_single
 from internlm_ds.parallel.context import Axis
 
 
@@ -54,6 +54,7 @@ def build_layers(
     dtype: torch.dtype,
     attention: str = "auto",
     norm_dtype: torch.dtype | None = None,
+    sequence_parallel: bool = False,
 ) -> list[LayerEntry]:
     """The layers of `arch` in order of computation.
 
@@ -65,6 +66,7 @@ def build_layers(
         dtype: Of parameters and activations.
         attention: `auto`, `flash`, `sdpa` or `reference`.
         norm_dtype: Of norm parameters; `dtype` when None, fp32 for `use_fp32_norm`.
+        sequence_parallel: Between tensor regions a rank has its share of the tokens, which must divide by the axis.
     Raises:
         ConfigError: A switch that this family does not know.
         LayoutError: A size that does not divide over `tensor`.
@@ -73,10 +75,10 @@ def build_layers(
         raise ConfigError(f"model family {arch.family!r} has no layers in this version; there is internlm")
     if model.apply_post_layer_norm:
         raise ConfigError("model.apply_post_layer_norm = True: InternLM v1 has pre-norm blocks only; use False")
-    require_single(tensor)
-    parts = _Parts(
-        arch, model, tensor, dtype, norm_dtype, attention_function(attention, use_flash_attn=model.use_flash_attn)
-    )
+    attend = attention_function(attention, use_flash_attn=model.use_flash_attn)
+    parts = _Parts(arch, model, tensor, dtype, norm_dtype, attend, sequence_parallel and tensor.size > 1)
+    for spec in arch.iter_params():
+        shard_of(spec, size=tensor.size, rank=tensor.rank)  # raises where it does not divide, before anything is built
     return [LayerEntry(spec.prefix, spec, partial(_build, parts, spec, seed)) for spec in arch.layers]
 
 
@@ -100,14 +102,14 @@ def build_modules(entries: Sequence[LayerEntry], *, recompute: float = 0.0) -> l
 
 
 class LanguageModel(nn.Module):
-    """All layers in one process."""
+    """All layers of one process, without a pipeline."""
 
     def __init__(self, entries: Sequence[LayerEntry], *, recompute: float = 0.0):
         super().__init__()
         self.layers = nn.ModuleList(build_modules(entries, recompute=recompute))
 
     def forward(self, tokens: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """tokens int64 `(T,)`, cu_seqlens int32 `(S + 1,)` -> logits `(T, V)`."""
+        """tokens int64 `(T,)`, cu_seqlens int32 `(S + 1,)` -> logits `(T, V)`, or this tensor rank's `(T, v)`."""
         carried: Tensor | tuple[Tensor, Tensor] = (tokens, cu_seqlens)
         for layer in self.layers:
             carried = layer(carried)
@@ -130,13 +132,20 @@ class _Parts:
     dtype: torch.dtype
     norm_dtype: torch.dtype | None
     attend: Attend
+    sequence_parallel: bool
 
     def embedding(self) -> nn.Module:
         model = self.model
         split_hidden = model.embed_split_hidden or not model.use_flash_attn
         entry = block.HiddenSplitEmbeddingEntry if split_hidden else block.VocabSplitEmbeddingEntry
         sizes = (self.arch.vocab_size, self.arch.hidden_size)
-        return entry(*sizes, tensor=self.tensor, grad_scale=model.embed_grad_scale, dtype=self.dtype)
+        return entry(
+            *sizes,
+            tensor=self.tensor,
+            sequence_parallel=self.sequence_parallel,
+            grad_scale=model.embed_grad_scale,
+            dtype=self.dtype,
+        )
 
     def block(self, recompute: bool) -> nn.Module:
         model, arch = self.model, self.arch
@@ -146,13 +155,20 @@ class _Parts:
             rotary=self.rotary(),
             attend=self.attend,
             tensor=self.tensor,
+            sequence_parallel=self.sequence_parallel,
             dropout=model.attn_drop_rate,
             dtype=self.dtype,
         )
-        mlp = SwigluMlp if model.use_swiglu else GeluMlp
+        mlp = (SwigluMlp if model.use_swiglu else GeluMlp)(
+            arch.hidden_size,
+            arch.mlp_hidden_size,
+            tensor=self.tensor,
+            sequence_parallel=self.sequence_parallel,
+            dtype=self.dtype,
+        )
         return block.Block(
             mixer,
-            mlp(arch.hidden_size, arch.mlp_hidden_size, tensor=self.tensor, dtype=self.dtype),
+            mlp,
             self.norm(),
             self.norm(),
             drop_rate=model.drop_rate,
@@ -187,6 +203,8 @@ class _Parts:
             tensor=self.tensor,
             bias=False,
             gather_output=not self.model.parallel_output,
+            sequence_parallel=self.sequence_parallel,
+            uneven=True,
             weight_scale=self.model.embed_grad_scale,
             dtype=self.dtype,
         )
@@ -201,7 +219,9 @@ def _build(parts: _Parts, spec: LayerSpec, seed: int | None, recompute: bool) ->
         module = parts.norm(final=True)
     else:
         module = parts.head(spec.params[0].shape[0])
-    init.name_parameters(module, spec.prefix, spec.params, parts.tensor)
+    init.name_parameters(
+        module, spec.prefix, spec.params, tensor=parts.tensor, sequence_parallel=parts.sequence_parallel
+    )
     if seed is not None:
-        init.fill(module, spec.params, seed=seed, tensor=parts.tensor)
+        init.fill(module, spec.params, seed=seed)
     return module

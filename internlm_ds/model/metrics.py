@@ -3,7 +3,7 @@
 Nothing here waits for the device before `finish`: sums stay on it, in one tensor, and are added over data ranks in one
 collective. Which ranks share a sum is the caller's business, as is which keys are shown.
 
-Legend: T tokens of a micro-batch, V vocabulary, K data types.
+Legend: T tokens of a micro-batch, V vocabulary, v this rank's part of it, K data types.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, all_reduce
 
-from internlm_ds.parallel.collectives import require_single
+from internlm_ds.layout.shards import bounds
+from internlm_ds.parallel.collectives import every_rank
 from internlm_ds.parallel.context import Axis
-from internlm_ds.parallel.cross_entropy import IGNORED_LABEL
+from internlm_ds.parallel.cross_entropy import IGNORED_LABEL, own_targets
 
 # rows of logits that are cast to fp32 at a time: 512 x 103168 x 4 bytes are 0.2 GiB
 CHUNK_ROWS = 512
@@ -31,22 +32,29 @@ class TokenMetrics:
         dataset_types: Names in the order of the type ids; empty in evaluation, where there are none.
         device: Where logits live.
         tensor: The axis the vocabulary is split over; one rank when None.
+        vocab_size: V; needed where the axis has several ranks.
     """
 
     def __init__(
-        self, dataset_types: Sequence[str] = (), *, device: torch.device | str = "cpu", tensor: Axis | None = None
+        self,
+        dataset_types: Sequence[str] = (),
+        *,
+        device: torch.device | str = "cpu",
+        tensor: Axis | None = None,
+        vocab_size: int | None = None,
     ):
-        require_single(tensor or Axis.single("tensor"))
+        self.tensor, self.vocab_size = tensor or Axis.single("tensor"), vocab_size
         self.dataset_types = tuple(dataset_types)
         # row 0 sums all tokens, row 1 + k those of type k; columns: right answers, targets, sum of -log p
         self.totals = torch.zeros(1 + len(self.dataset_types), 3, dtype=torch.float64, device=device)
         self._types = torch.arange(len(self.dataset_types), device=device)
 
     def update(self, logits: Tensor, labels: Tensor, type_ids: Tensor | None = None) -> None:
-        """Add one micro-batch: logits `(T, V)`, int64 labels with -100 and type ids `(T,)` (None without types)."""
+        """Add one micro-batch: logits `(T, v)`, int64 labels with -100 and type ids `(T,)` (None without types)."""
         with torch.no_grad():
             labels = labels.reshape(-1)
-            values = token_values(logits.reshape(len(labels), -1), labels)
+            logits = logits.reshape(len(labels), -1)
+            values = token_values(logits, labels, tensor=self.tensor, vocab_size=self.vocab_size)
             self.totals[0] += values.sum(dim=0)
             if self.dataset_types:
                 assert type_ids is not None, "types are counted, but the micro-batch has no type ids"
@@ -77,18 +85,45 @@ class TokenMetrics:
         }
 
 
-def token_values(logits: Tensor, labels: Tensor) -> Tensor:
+def token_values(
+    logits: Tensor, labels: Tensor, *, tensor: Axis | None = None, vocab_size: int | None = None
+) -> Tensor:
     """fp64 `(T, 3)`: is the likeliest token the label, does the label count, -log p(label); all 0 where it does not."""
     counted = labels != IGNORED_LABEL
     targets = labels.masked_fill(~counted, 0)
-    right = (logits.argmax(dim=-1) == targets) & counted
-    loss = torch.cat([_losses(*rows) for rows in zip(logits.split(CHUNK_ROWS), targets.split(CHUNK_ROWS))])
+    if tensor is None or tensor.size == 1:
+        likeliest = logits.argmax(dim=-1)
+        loss = torch.cat([_losses(*rows) for rows in zip(logits.split(CHUNK_ROWS), targets.split(CHUNK_ROWS))])
+    else:
+        likeliest, loss = _split_values(logits, targets, tensor, vocab_size)
+    right = (likeliest == targets) & counted
     return torch.stack((right.double(), counted.double(), loss.double().masked_fill(~counted, 0)), dim=1)
 
 
-def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+def _split_values(logits: Tensor, targets: Tensor, tensor: Axis, vocab_size: int | None) -> tuple[Tensor, Tensor]:
+    """Likeliest token and -log p(target), each `(T,)`, of logits `(T, v)`; one exchange of four numbers a token."""
+    assert vocab_size is not None, "a split vocabulary needs its whole size"
+    start, _ = bounds(vocab_size, size=tensor.size, rank=tensor.rank)
+    own, elsewhere = own_targets(targets, logits, tensor, vocab_size)
+    largest, place = logits.max(dim=-1)
+    parts = [_sums(*rows) for rows in zip(logits.split(CHUNK_ROWS), own.split(CHUNK_ROWS))]
+    log_sum, at_target = (torch.cat(column).double() for column in zip(*parts))
+    mine = torch.stack((largest.double(), (place + start).double(), log_sum, at_target.masked_fill(elsewhere, 0)))
+    largest, place, log_sum, at_target = every_rank(mine, tensor).unbind(dim=1)
+    # of equal logits the first counts, as in one process
+    winner = place.masked_fill(largest < largest.amax(dim=0), vocab_size).amin(dim=0)
+    return winner.long(), log_sum.logsumexp(dim=0) - at_target.sum(dim=0)
+
+
+def _sums(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """log of the sum of e^z, and z(target), in fp32 at least."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits.logsumexp(dim=-1) - logits.gather(1, targets[:, None])[:, 0]
+    return logits.logsumexp(dim=-1), logits.gather(1, targets[:, None])[:, 0]
+
+
+def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+    log_sum, at_target = _sums(logits, targets)
+    return log_sum - at_target
 
 
 def _rounded(value: Tensor) -> float:

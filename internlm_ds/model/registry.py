@@ -5,11 +5,16 @@ families of this package come from their blueprint (`arch`, `model.layers`) and 
 
 A builder gets the `model` dict as keywords (`dtype` as a torch dtype) and returns layer entries, or one plain
 `nn.Module` with `forward(tokens (T,), cu_seqlens (S + 1,)) -> logits (T, V)`.
+
+A builder whose layers can be split has a parameter `tensor`, and gets the axis there; `sequence_parallel` likewise.
+Its shards carry what `model.init.name_parameters` writes, and its logits are split along the vocabulary, as
+`layout.shards.bounds` says, unless `parallel_output` is False.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -32,7 +37,13 @@ def model_keywords(leaves: Iterable[Leaf], *, dtype: torch.dtype) -> dict[str, A
 
 
 def build_registered(
-    model_type: str, keywords: Mapping[str, Any], *, tensor: Axis, pipe_size: int = 1, seed: int
+    model_type: str,
+    keywords: Mapping[str, Any],
+    *,
+    tensor: Axis,
+    sequence_parallel: bool = False,
+    pipe_size: int = 1,
+    seed: int,
 ) -> list[LayerEntry]:
     """The layer entries of a registered model type.
 
@@ -40,13 +51,16 @@ def build_registered(
         model_type: A registered name, or `module:function`.
         keywords: For the builder.
         tensor: The axis; a plain module cannot be split.
+        sequence_parallel: Between tensor regions a rank has its share of the tokens.
         pipe_size: Pipeline stages; likewise.
         seed: torch's generator starts from it while the builder runs, on every rank.
     Raises:
         ConfigError: The builder does not take these keywords, or returns something else.
-        LayoutError: A plain module with more than one tensor or pipeline rank.
+        LayoutError: A plain module with more than one tensor or pipeline rank, or a builder that takes no `tensor`
+            with several tensor ranks.
     """
     builder = MODEL_INITIALIZER.get(model_type)
+    keywords = {**keywords, **_axis_keywords(builder, tensor=tensor, sequence_parallel=sequence_parallel)}
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -60,7 +74,22 @@ def build_registered(
             f"model_type = {model_type!r}: its builder returned {_describe(built)}; "
             "it must return a list of internlm_ds.model.layers.LayerEntry, or a torch.nn.Module"
         )
+    if tensor.size > 1 and "tensor" not in keywords:
+        raise LayoutError(
+            f"model_type = {model_type!r} cannot be split over parallel.tensor = {tensor.size}: its builder takes no "
+            "parameter `tensor`; give it one, which gets the axis to split layers over, or set parallel.tensor = 1"
+        )
     return [replace(entry, build=partial(_named, entry)) for entry in built]
+
+
+def _axis_keywords(builder: Callable[..., Any], *, tensor: Axis, sequence_parallel: bool) -> dict[str, Any]:
+    """What the builder asks for by the name of a parameter."""
+    offered = {"tensor": tensor, "sequence_parallel": sequence_parallel}
+    try:
+        wanted = inspect.signature(builder).parameters
+    except (TypeError, ValueError):  # a builder in C has no signature
+        return {}
+    return {name: value for name, value in offered.items() if name in wanted}
 
 
 class WholeModel(nn.Module):

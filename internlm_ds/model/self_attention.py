@@ -3,7 +3,8 @@
 How attention is computed comes from outside as a function (`attention.select`); the key/value cache belongs to
 `generate`.
 
-Legend: T tokens, H hidden, N heads, D head width; n = N / tensor.size.
+Legend: T tokens, H hidden, N heads, D head width; n = N / tensor.size. With `sequence_parallel` a rank gets and gives
+its tokens only; attention itself sees all of them.
 """
 
 from __future__ import annotations
@@ -43,14 +44,16 @@ class SelfAttention(nn.Module):
         rotary: Rotary,
         attend: Attend,
         tensor: Axis,
+        sequence_parallel: bool = False,
         dropout: float = 0.0,
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
         self.num_local_heads = share(num_heads, tensor, what="model.num_attention_heads")
         self.rotary, self.attend, self.dropout = rotary, attend, dropout
-        self.Wqkv = ColumnParallelLinear(hidden_size, 3 * hidden_size, tensor=tensor, dtype=dtype)
-        self.out_proj = RowParallelLinear(hidden_size, hidden_size, tensor=tensor, dtype=dtype)
+        common = {"tensor": tensor, "sequence_parallel": sequence_parallel, "dtype": dtype}
+        self.Wqkv = ColumnParallelLinear(hidden_size, 3 * hidden_size, **common)
+        self.out_proj = RowParallelLinear(hidden_size, hidden_size, **common)
 
     def forward(self, x: Tensor, segments: Segments) -> Tensor:
         """All tokens of a micro-batch; each segment attends to itself only."""

@@ -16,7 +16,7 @@ class ProcessComm:
     """
 
     def __init__(self, device: torch.device | str = "cpu"):
-        self._flag = torch.zeros(1, dtype=torch.int32, device=device)
+        self._number = torch.zeros(1, dtype=torch.int32, device=device)
 
     @property
     def rank(self) -> int:
@@ -46,8 +46,12 @@ class ProcessComm:
 
     def any(self, value: bool) -> bool:
         """True on every rank if `value` is true on one; a collective of one number."""
+        return bool(self.largest(int(value)))
+
+    def largest(self, value: int) -> int:
+        """The largest of all ranks' numbers (32 bits), on every rank; a collective of one number."""
         if self.world_size == 1:
             return value
-        self._flag.fill_(int(value))
-        dist.all_reduce(self._flag, op=dist.ReduceOp.MAX)
-        return bool(self._flag.item())
+        self._number.fill_(value)
+        dist.all_reduce(self._number, op=dist.ReduceOp.MAX)
+        return int(self._number.item())

@@ -3,7 +3,7 @@
 Weights are `(out, in)` as in `torch.nn.Linear`. Values are not drawn here: `model.init` fills every parameter by its
 name.
 
-Legend: H input width, F output width; small letters are this rank's share.
+Legend: T tokens, t this rank's tokens; H input width, F output width; small letters are this rank's share.
 """
 
 from __future__ import annotations
@@ -12,13 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from internlm_ds.parallel.collectives import (
-    copy_to_tensor_ranks,
-    gather_from_tensor_ranks,
-    require_single,
-    share,
-    sum_over_tensor_ranks,
-)
+from internlm_ds.layout.shards import bounds
+from internlm_ds.parallel.collectives import enter_region, gather_last_dim, leave_region, share
 from internlm_ds.parallel.context import Axis
 
 
@@ -30,8 +25,13 @@ class ColumnParallelLinear(nn.Module):
         tensor: The axis.
         bias: Whether there is one, split like the outputs.
         gather_output: Every rank gets all outputs, `(T, F)`.
+        enters: The layer enters the tensor region itself; False when its input did already, once for several layers.
+        sequence_parallel: What comes in is this rank's tokens, `(t, H)`.
+        uneven: Ranks may hold slices of different lengths: a vocabulary need not divide.
         weight_scale: Share of the weight that gets a gradient (`embed_grad_scale`); the value is unchanged.
         dtype: Of the parameters, and what the input is cast to.
+    Raises:
+        LayoutError: The outputs do not divide over the axis.
     """
 
     def __init__(
@@ -42,26 +42,39 @@ class ColumnParallelLinear(nn.Module):
         tensor: Axis,
         bias: bool = True,
         gather_output: bool = False,
+        enters: bool = True,
+        sequence_parallel: bool = False,
+        uneven: bool = False,
         weight_scale: float = 1.0,
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
-        require_single(tensor)
-        self.tensor, self.gather_output, self.weight_scale = tensor, gather_output, weight_scale
-        rows = share(out_features, tensor, what="output width")
+        self.tensor, self.out_features = tensor, out_features
+        self.gather_output, self.weight_scale = gather_output, weight_scale
+        self.enters, self.sequence_parallel = enters, sequence_parallel
+        if uneven:
+            start, stop = bounds(out_features, size=tensor.size, rank=tensor.rank)
+            rows = stop - start
+        else:
+            rows = share(out_features, tensor, what="output width")
         self.weight = nn.Parameter(torch.empty(rows, in_features, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(rows, dtype=dtype)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        x = copy_to_tensor_ranks(x.to(self.weight.dtype), self.tensor)
+        x = x.to(self.weight.dtype)
+        if self.enters:
+            x = enter_region(x, self.tensor, sequence_parallel=self.sequence_parallel)
         y = linear(x, scale_gradient(self.weight, self.weight_scale), self.bias)
-        return gather_from_tensor_ranks(y, self.tensor) if self.gather_output else y
+        return gather_last_dim(y, self.tensor, length=self.out_features) if self.gather_output else y
 
 
 class RowParallelLinear(nn.Module):
     """y = x Wᵀ + b with the columns of W, the inputs, split over tensor ranks: `(T, h) -> (T, F)`, summed over ranks.
 
-    The bias is added once, after the sum; tensor rank 0 owns it.
+    The bias is added once; tensor rank 0 owns it. With `sequence_parallel` a rank gets its tokens of the sum, `(t, F)`.
+
+    Raises:
+        LayoutError: The inputs do not divide over the axis.
     """
 
     def __init__(
@@ -71,19 +84,20 @@ class RowParallelLinear(nn.Module):
         *,
         tensor: Axis,
         bias: bool = True,
+        sequence_parallel: bool = False,
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
-        require_single(tensor)
-        self.tensor = tensor
+        self.tensor, self.sequence_parallel = tensor, sequence_parallel
         columns = share(in_features, tensor, what="input width")
         self.weight = nn.Parameter(torch.empty(out_features, columns, dtype=dtype))
         owns_bias = bias and tensor.rank == 0
         self.bias = nn.Parameter(torch.empty(out_features, dtype=dtype)) if owns_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        # the bias joins before the sum because only one rank has it
-        return sum_over_tensor_ranks(linear(x.to(self.weight.dtype), self.weight, self.bias), self.tensor)
+        # the bias joins before the sum because only one rank has it; its gradient is over all tokens, split or not
+        y = linear(x.to(self.weight.dtype), self.weight, self.bias)
+        return leave_region(y, self.tensor, sequence_parallel=self.sequence_parallel)
 
 
 def scale_gradient(x: Tensor, scale: float) -> Tensor:

@@ -30,14 +30,28 @@ CONFIG = "model_configs/demo.py"
 SAVED = DEMO / "checkpoints"
 TOKENIZER = DEMO / "tokenizer.model"
 
-VOCAB_SIZE = 1024
-FIRST_STEPS, ALL_STEPS = 120, 150
-VALIDATE_EVERY = 50
+VOCAB_SIZE = 512
+FIRST_STEPS, ALL_STEPS = 700, 900
+VALIDATE_EVERY = 300
+SHOW_EVERY = 50
 RANKS = 2
 CORPUS_CHARS = {"code": 3_000_000, "en": 1_000_000}
 VALID_SHARE = 40  # one piece of text in so many is for validation
 LARGEST_LOSS_RATIO = 0.6
 PROMPT = "def main("
+
+# small steps and a small rate: larger ones stay near the frequencies of single tokens for long
+SETTINGS = {
+    "TRAIN_FOLDER": DEMO / "data" / "train",
+    "VALID_FOLDER": DEMO / "data" / "valid",
+    "VOCAB_SIZE": VOCAB_SIZE,
+    "NUM_LAYER": 2,
+    "MICRO_BSZ": 1,
+    "LEARNING_RATE": 1e-3,
+    "SCHEDULE_STEPS": ALL_STEPS,
+    "CHECKPOINT_EVERY": 350,
+    "data.valid_every": VALIDATE_EVERY,
+}
 
 # the same on every machine: no GPU, one thread per process, two processes
 ENVIRONMENT = {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
@@ -113,9 +127,8 @@ def train(name: str, *, steps: int) -> None:
     heading(f"training to step {steps} on {RANKS} processes" + ("" if name == "train" else ", resumed"))
     launcher = beside_python("deepspeed")
     command = [launcher, "--num_accelerators", RANKS, "--master_port", free_port(), "launch/pretrain.py"]
-    settings = {"TRAIN_FOLDER": DEMO / "data/train", "VALID_FOLDER": DEMO / "data/valid", "VOCAB_SIZE": VOCAB_SIZE}
-    settings |= {"TOTAL_STEPS": steps, "SCHEDULE_STEPS": ALL_STEPS, "data.valid_every": VALIDATE_EVERY}
     command += ["--config", CONFIG, "--backend", "gloo", "--run-dir", DEMO / name]
+    settings = {**SETTINGS, "TOTAL_STEPS": steps}
     command += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     run(name, command, progress=training_progress)
 
@@ -194,7 +207,7 @@ def kept(lines: Iterator[str], file: Any) -> Iterator[str]:
 
 
 def training_progress(lines: Iterator[str]) -> Iterator[str]:
-    """Start-up lines, validation, and every tenth step shortened."""
+    """Start-up lines, validation, and some steps, shortened."""
     for line in lines:
         match = LOG_LINE.search(line)
         if match is None:
@@ -203,7 +216,7 @@ def training_progress(lines: Iterator[str]) -> Iterator[str]:
         values = dict(pair.split("=", 1) for pair in message.split(",") if "=" in pair)
         if "num_consumed_tokens" not in values:
             yield message[:160]
-        elif int(values["step"]) % 10 == 0:
+        elif int(values["step"]) % SHOW_EVERY == 0:
             speed = values["tgs (tokens/gpu/second)"]
             yield f"step {values['step']:>4}   loss {float(values['loss']):.4f}   {speed} tokens/s per process"
 

@@ -6,6 +6,7 @@ knows all rooms.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -21,10 +22,10 @@ from internlm_ds.attention.select import select
 from internlm_ds.checkpoint.manager import plan_start
 from internlm_ds.config import load
 from internlm_ds.config.schema import Config
-from internlm_ds.data.loader import TrainLoader, build_train_loader, build_validation_loaders
+from internlm_ds.data.loader import TrainLoader, ValidationLoader, build_train_loader, build_validation_loaders
 from internlm_ds.engine.build import build, cpu_computes_fp16
 from internlm_ds.engine.engine import Engine
-from internlm_ds.errors import CheckpointError, MachineError, Problem
+from internlm_ds.errors import CheckpointError, InternlmDsError, MachineError, Problem
 from internlm_ds.layout.stages import partition_uniform, stage_layers
 from internlm_ds.model.layers import LayerEntry, build_layers
 from internlm_ds.model.registry import build_registered, model_keywords
@@ -36,7 +37,7 @@ from internlm_ds.parallel import rng
 from internlm_ds.parallel.comm import ProcessComm
 from internlm_ds.parallel.context import ParallelContext
 from internlm_ds.parallel.environment import LaunchFacts
-from internlm_ds.parallel.launch import initialize, shut_down
+from internlm_ds.parallel.launch import initialize, launcher_is_gone, shut_down
 from internlm_ds.plan import Plan, describe
 from internlm_ds.plan.compute import flops_per_step
 from internlm_ds.plan.machine import MachineFacts, resolve_here
@@ -46,8 +47,10 @@ from internlm_ds.train.checkpoints import RunCheckpoints
 from internlm_ds.train.loop import LoopSettings, StepRecord, TrainLoop
 from internlm_ds.train.metrics import RecordBuilder, StageLoss, device_peak_flops
 from internlm_ds.train.options import Options
+from internlm_ds.train.profile import StepProfiler
 from internlm_ds.train.signals import SignalWatch
 from internlm_ds.train.state import TrainState
+from internlm_ds.train.together import together
 from internlm_ds.translate import Translation
 
 logger = logging.getLogger(__name__)
@@ -77,13 +80,18 @@ def prepare(options: Options, facts: LaunchFacts) -> Training:
 
 def _missing_checkpoint(options: Options) -> list[Problem]:
     """The obstacle that the checkpoint a run is told to start from is not there."""
-    config = load(options.config, options.set).config
-    if config is None:
+    loaded = load(options.config, options.set)
+    if loaded.config is None:
         return []
-    start = plan_start(config, dry_run=True)
+    start = plan_start(loaded.config, dry_run=True)
     if start.path is None or start.kind is not None:
         return []
-    return [Problem("ckpt", f"{start.warnings[0]}; give a folder that exists, or remove the key", has_value=False)]
+    key, _, message = start.warnings[0].partition(" ")
+    lines = {leaf.key: leaf.line for leaf in loaded.leaves}
+    line = next((lines[k] for k in (f"{key}.path", key) if lines.get(k)), None)
+    return [
+        Problem(key, f"{message}; give a folder that exists, or remove the key", line=line, has_value=False),
+    ]
 
 
 def machine_facts(facts: LaunchFacts, *, backend: str | None) -> MachineFacts:
@@ -116,47 +124,58 @@ class Training:
     def run(self) -> int:
         """Train; returns the exit code. Called by every rank."""
         context = initialize(self.facts, self.spec.layout, backend=self.options.backend)
+        comm = ProcessComm(context.device)
+        signals = SignalWatch(comm, launcher_is_gone=launcher_is_gone())
         try:
-            return self._run(context)
+            with signals.installed():
+                return self._run(context, comm, signals)
+        except Exception as error:
+            log_failure(error, rank=context.rank)
+            raise
         finally:
             log.close()
             shut_down()
 
-    def _run(self, context: ParallelContext) -> int:
-        comm = ProcessComm(context.device)
-        signals = SignalWatch(comm)
-        signals.install()
+    def _run(self, context: ParallelContext, comm: ProcessComm, signals: SignalWatch) -> int:
         launched = rundir.launch_time(comm)
         folder = rundir.place(self.options.run_dir, job_name=self.config.job_name, launched=launched)
-        if context.rank == 0:
-            rundir.write(folder, spec=self.spec, translation=self.translation)
+        rundir.create(folder, spec=self.spec, translation=self.translation, comm=comm)
         log.setup(folder, rank=context.rank, is_log_rank=context.is_log_rank)
         set_global_state(self.config, seed=self.options.seed)
         log_start(context, seed=self.options.seed, launched=launched)
 
-        loader = build_train_loader(self.config, data_rank=context.data.rank, data_size=context.data.size)
+        data = {"data_rank": context.data.rank, "data_size": context.data.size}
+        loader = together(comm, lambda: build_train_loader(self.config, **data))
+        validation = together(comm, lambda: build_validation_loaders(self.config, **data)) if self.evaluates else {}
         loss = StageLoss(
-            label_smoothing=self.config.loss.label_smoothing, dataset_types=loader.dataset_types, context=context
+            label_smoothing=self.config.loss.label_smoothing,
+            dataset_types=loader.dataset_types,
+            context=context,
+            vocab_size=split_vocabulary(self.config),
         )
-        engine = self._engine(context, loss)
+        engine = self._engine(context, loss, comm)
         state = TrainState()
-        checkpoints = RunCheckpoints(engine, loader, spec=self.spec, context=context, comm=comm)
-        try:
+        with contextlib.ExitStack() as closing:
+            closing.callback(loader.close)
+            checkpoints = RunCheckpoints(engine, loader, spec=self.spec, context=context, comm=comm)
+            closing.callback(checkpoints.close)
             checkpoints.restore(state)
             if context.is_log_rank:
                 for text in LrSchedule.from_config(self.config).warnings:
                     logger.warning("%s", text)
                 log_model(engine, self.spec)
-            finished = self._loop(context, folder, engine, loader, loss, state, checkpoints, signals).run()
-        finally:
-            loader.close()
-            checkpoints.close()
-        if signals.received is not None or (not finished and not checkpoints.stop_requested):
-            return signals.exit_code
-        return 0
+            loop = self._loop(context, folder, engine, loader, validation, loss, state, checkpoints, signals, closing)
+            finished = loop.run()
+        if context.is_log_rank:
+            log_end(state, finished=finished, signals=signals)
+        return 0 if finished or checkpoints.stop_requested else signals.exit_code
 
-    def _engine(self, context: ParallelContext, loss: StageLoss) -> Engine:
-        entries = layer_entries(self.spec, context, seed=self.options.seed)
+    @property
+    def evaluates(self) -> bool:
+        return self.config.data.valid_every > 0
+
+    def _engine(self, context: ParallelContext, loss: StageLoss, comm: ProcessComm) -> Engine:
+        entries = together(comm, lambda: layer_entries(self.spec, context, seed=self.options.seed))
         return build(
             entries,
             bounds=stage_bounds(self.spec, entries),
@@ -172,18 +191,22 @@ class Training:
         folder: Path,
         engine: Engine,
         loader: TrainLoader,
+        validation: dict[str, ValidationLoader],
         loss: StageLoss,
         state: TrainState,
         checkpoints: RunCheckpoints,
         signals: SignalWatch,
+        closing: contextlib.ExitStack,
     ) -> TrainLoop:
         config = self.config
-        recorder = (
-            Recorder(self.spec, folder, context, engine, first_step=state.step_count) if context.is_log_rank else None
-        )
-        validation = {}
-        if config.data.valid_every > 0:
-            validation = build_validation_loaders(config, data_rank=context.data.rank, data_size=context.data.size)
+        recorder = None
+        if context.is_log_rank:
+            recorder = Recorder(self.spec, folder, context, engine, first_step=state.step_count)
+            closing.callback(recorder.close)
+        profiler = None
+        if self.options.profile:
+            profiler = StepProfiler(folder, context)
+            closing.callback(profiler.close)
 
         def evaluate_now(state: TrainState) -> None:
             results = evaluate.evaluate(engine, validation, validation_metrics=loss.validating)
@@ -208,6 +231,7 @@ class Training:
             record=recorder.step if recorder is not None else lambda record: None,
             evaluate=evaluate_now,
             should_stop=signals.should_stop,
+            batch_done=profiler.step if profiler is not None else lambda: None,
         )
 
 
@@ -215,13 +239,20 @@ def layer_entries(spec: RunSpec, context: ParallelContext, *, seed: int) -> list
     """The model's layers: of a known family from its blueprint, of a registered type from the user's builder."""
     model = spec.config.model
     dtype = getattr(torch, model.dtype)
+    axis: dict[str, Any] = {
+        "tensor": context.tensor,
+        "sequence_parallel": spec.config.parallel.sequence_parallel and context.tensor.size > 1,
+    }
     if spec.arch is None:
         keywords = model_keywords(spec.leaves, dtype=dtype)
-        return build_registered(
-            spec.config.model_type, keywords, tensor=context.tensor, pipe_size=context.pipe.size, seed=seed
-        )
+        return build_registered(spec.config.model_type, keywords, **axis, pipe_size=context.pipe.size, seed=seed)
     norm_dtype = torch.float32 if spec.config.use_fp32_norm else None
-    return build_layers(spec.arch, model, tensor=context.tensor, seed=seed, dtype=dtype, norm_dtype=norm_dtype)
+    return build_layers(spec.arch, model, **axis, seed=seed, dtype=dtype, norm_dtype=norm_dtype)
+
+
+def split_vocabulary(config: Config) -> int | None:
+    """Size of the vocabulary along which tensor ranks hold slices of the logits; None where each has all of them."""
+    return config.model.vocab_size if config.model.parallel_output else None
 
 
 def stage_bounds(spec: RunSpec, entries: Sequence[LayerEntry]) -> list[tuple[int, int]]:
@@ -277,6 +308,12 @@ class Recorder:
         if self._tensorboard is not None:
             self._tensorboard.write(values, step_count=record.state.step_count)
 
+    def close(self) -> None:
+        """Write what is held back."""
+        self._metrics.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
     def validation(self, results: dict[str, dict[str, Any]], state: TrainState) -> None:
         evaluate.log_results(logger, results, state)
         for name, values in results.items():
@@ -331,6 +368,27 @@ def log_start(context: ParallelContext, *, seed: int, launched: str) -> None:
         "===========New Run %s on host:%s,tp:%d,pp=%d,dp=%d===========",
         *(stamp, socket.gethostname(), coord.tensor, coord.pipe, coord.data),
     )
+
+
+def log_end(state: TrainState, *, finished: bool, signals: SignalWatch) -> None:
+    """Why the run ends, and how far it came."""
+    if finished:
+        why = "finished"
+    elif signals.agreed is not None:
+        why = f"stopped by {signals.agreed.name}"
+    else:
+        why = "stopped by the stop file"
+    logger.info("%s after batch %d, %d updates", why, state.batch_count - 1, state.step_count)
+
+
+def log_failure(error: Exception, *, rank: int) -> None:
+    """What ended this rank, into its log file; stderr gets it from whoever catches the error."""
+    trace = None if isinstance(error, InternlmDsError) else (type(error), error, error.__traceback__)
+    text = f"rank {rank} ends: {type(error).__name__}: {error}"
+    record = logger.makeRecord(logger.name, logging.ERROR, __file__, 0, text, (), trace, func="run")
+    for handler in logging.getLogger(log.LOGGER_NAME).handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(record)
 
 
 def log_model(engine: Engine, spec: RunSpec) -> None:

@@ -18,8 +18,10 @@ from internlm_ds.errors import CheckpointError
 from internlm_ds.parallel import rng
 from internlm_ds.parallel.comm import ProcessComm
 from internlm_ds.parallel.context import ParallelContext
+from internlm_ds.parallel.shards import whole_shape
 from internlm_ds.runspec import RunSpec
 from internlm_ds.train.state import TrainState
+from internlm_ds.train.together import together
 
 logger = logging.getLogger(__name__)
 
@@ -91,10 +93,8 @@ class RunCheckpoints:
             logger.info("checkpoint of step %d saved to %s in %.2f s", state.step_count, task.folder, seconds)
 
     def _own_weights(self):
-        """Each stage's weights are written by its first data-parallel rank."""
-        if self.context.data.rank == 0:
-            for name, param in self.engine.logical_parameters():
-                yield name, param.detach()
+        """Each stage's weights are written by its first data-parallel rank, each tensor rank its shards."""
+        return engine_state.weights(self.engine) if self.context.data.rank == 0 else ()
 
     def _train_state(self, state: TrainState) -> dict[str, Any]:
         scaler = self.engine.loss_scaler
@@ -123,21 +123,20 @@ class RunCheckpoints:
         if start.path is None:
             return
         if start.kind == "native":
-            self._restore_native(start, state)
+            together(self.comm, lambda: self._restore_native(start, state))
         else:
-            self._restore_weights_only(start)
+            together(self.comm, lambda: self._restore_weights_only(start))
 
     def _restore_native(self, start: Start, state: TrainState) -> None:
         saved = native.open(start.path, verify=False)  # plan_start has compared it with its checksums
-        if self.spec.arch is not None:
-            saved.check_fits(self.spec.arch)
+        self._check_fits(saved)
         values = saved.train_state
         if "model" in start.parts:
-            engine_state.load_weights(self.engine, saved.weight)
+            engine_state.load_weights(self.engine, saved)
         if "optimizer" in start.parts:
             self._restore_optimizer(start, saved, values)
         elif start.refresh_masters:
-            engine_state.refresh_masters(self.engine, saved.weight)
+            engine_state.refresh_masters(self.engine, saved)
         if "scheduler" in start.parts:
             state.step_count = int(values["step_count"])
             state.inf_nan_skip_batches = int(values["inf_nan_skip_batches"])
@@ -150,6 +149,22 @@ class RunCheckpoints:
             states = saved.rng_state(self.context.rank)
             if states is not None:
                 rng.set_state(states)
+
+    def _check_fits(self, saved: native.NativeCheckpoint) -> None:
+        if self.spec.arch is not None:
+            saved.check_fits(self.spec.arch)
+            return
+        # a registered model type has no table of parameters: what this stage has must be there
+        problems = []
+        for name, param in self.engine.logical_parameters():
+            stored, wanted = saved.shapes.get(name), whole_shape(param)
+            if stored != wanted:
+                found = "missing" if stored is None else f"shape {list(stored)} in the files"
+                problems.append(f"{name} {list(wanted)}: {found}")
+        if problems:
+            raise CheckpointError(
+                f"{saved.folder} does not fit the model ({len(problems)} parameters):\n  " + "\n  ".join(problems)
+            )
 
     def _restore_optimizer(self, start: Start, saved: native.NativeCheckpoint, values: dict[str, Any]) -> None:
         if not saved.kinds:

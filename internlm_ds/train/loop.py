@@ -101,6 +101,7 @@ class TrainLoop:
         record: Called after each step with a `StepRecord`.
         evaluate: Called with the state when an evaluation is due.
         should_stop: Asked after each batch on every rank, with one answer for all: a signal arrived.
+        batch_done: Called after each batch, skipped or not.
         clock: Seconds, monotonic.
     """
 
@@ -118,12 +119,13 @@ class TrainLoop:
         record: Callable[[StepRecord], None],
         evaluate: Callable[[TrainState], None],
         should_stop: Callable[[], bool] = lambda: False,
+        batch_done: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.engine, self.loader, self.settings = engine, loader, settings
         self.lr, self.beta2, self.state = lr, beta2, state
         self.checkpoints, self.step_metrics, self.record = checkpoints, step_metrics, record
-        self.evaluate, self.should_stop, self.clock = evaluate, should_stop, clock
+        self.evaluate, self.should_stop, self.batch_done, self.clock = evaluate, should_stop, batch_done, clock
 
     def run(self) -> bool:
         """Train to the end, a stop request or the guard.
@@ -131,14 +133,21 @@ class TrainLoop:
         Returns:
             True when the run reached `total_steps`, False when it was asked to stop before.
         Raises:
-            TrainingStoppedError: Too many failed updates in a row.
+            TrainingStoppedError: Too many failed updates in a row; a last checkpoint is saved before.
         """
-        while self.state.batch_count < self.settings.total_steps:
-            if self._one_batch() or self.should_stop():
-                self.checkpoints.final(self.state)
-                return self.state.batch_count >= self.settings.total_steps
+        try:
+            while self.state.batch_count < self.settings.total_steps:
+                stop_requested = self._one_batch()
+                self.batch_done()
+                if stop_requested or self.should_stop():
+                    break
+        except TrainingStoppedError:
+            # whoever starts the run again has changed something: the count begins anew
+            self.state.bad_steps_in_a_row = 0
+            self.checkpoints.final(self.state)
+            raise
         self.checkpoints.final(self.state)
-        return True
+        return self.state.batch_count >= self.settings.total_steps
 
     def _one_batch(self) -> bool:
         """Train one batch; True when the run shall stop."""

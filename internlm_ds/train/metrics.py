@@ -20,6 +20,8 @@ from internlm_ds.monitor.throughput import ThroughputMeter
 from internlm_ds.parallel.context import ParallelContext
 from internlm_ds.train.loop import StepRecord
 
+IGNORED = -100  # the label of a position without a target
+
 
 class StageLoss:
     """`loss_fn` of the pipeline: logits and `(labels, type_ids)` to the loss of one micro-batch; counts on the way.
@@ -28,22 +30,40 @@ class StageLoss:
         label_smoothing: As `model.loss.cross_entropy`.
         dataset_types: Names in the order of type ids.
         context: Sums are added over its data axis.
+        vocab_size: Whole size of the vocabulary that logits are split along over the tensor axis (`parallel_output`);
+            None: every rank has whole logits.
     """
 
-    def __init__(self, *, label_smoothing: float, dataset_types: Sequence[str], context: ParallelContext):
+    def __init__(
+        self,
+        *,
+        label_smoothing: float,
+        dataset_types: Sequence[str],
+        context: ParallelContext,
+        vocab_size: int | None = None,
+    ):
         self.label_smoothing, self.context = label_smoothing, context
         self.is_last_stage = context.pipe.rank == context.pipe.size - 1
-        self._training = TokenMetrics(dataset_types, device=context.device, tensor=context.tensor)
-        self._validation = TokenMetrics((), device=context.device, tensor=context.tensor)
+        self._vocabulary: dict[str, Any] = (
+            {} if vocab_size is None else {"tensor": context.tensor, "vocab_size": vocab_size}
+        )
+        self._training = TokenMetrics(dataset_types, device=context.device, **self._vocabulary)
+        self._validation = TokenMetrics((), device=context.device, **self._vocabulary)
         self._evaluating = False
 
     def __call__(self, logits: torch.Tensor, labels: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         targets, type_ids = labels
         if self._evaluating:
             self._validation.update(logits, targets)
-        else:
-            self._training.update(logits, targets, type_ids)
-        return cross_entropy(logits, targets, label_smoothing=self.label_smoothing, tensor=self.context.tensor)
+            return self._loss(logits, targets)
+        self._training.update(logits, targets, type_ids)
+        # unpacked data has micro-batches without a sample: their mean over no target would make the step's loss NaN;
+        # they count 0, with a gradient of 0 (labels that are never -100 keep NaN out of the backward pass)
+        has_targets = (targets != IGNORED).any()
+        return self._loss(logits, torch.where(has_targets, targets, 0)) * has_targets
+
+    def _loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(logits, targets, label_smoothing=self.label_smoothing, **self._vocabulary)
 
     def finish_step(self) -> dict[str, Any]:
         """Metrics since the last call; empty on stages without logits. Collective over the last stage's data axis."""

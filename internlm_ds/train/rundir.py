@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from internlm_ds.config.render import as_json, json_value
+from internlm_ds.errors import ConfigError
 from internlm_ds.parallel.comm import ProcessComm
 from internlm_ds.runspec import RunSpec
+from internlm_ds.train.together import together
 from internlm_ds.translate import Translation
 
 
@@ -23,14 +25,28 @@ def place(run_dir: str | None, *, job_name: str, launched: str) -> Path:
     return Path(run_dir) if run_dir else Path("RUN") / job_name / launched
 
 
-def write(folder: Path, *, spec: RunSpec, translation: Translation) -> None:
-    """Write config.py, resolved.json, ds_config.json and translation.json; rank 0 alone calls it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.py").write_text(spec.text, encoding="utf-8")
-    _write_json(folder / "resolved.json", [as_json(leaf, path=spec.path) for leaf in spec.leaves])
-    _write_json(folder / "ds_config.json", translation.ds_config)
-    _write_json(folder / "translation.json", [note.as_json() for note in translation.notes])
+def create(folder: Path, *, spec: RunSpec, translation: Translation, comm: ProcessComm) -> None:
+    """Make the folder and write config.py, resolved.json, ds_config.json and translation.json; all ranks call it.
+
+    Raises:
+        ConfigError: On all ranks, if rank 0 cannot write there.
+    """
+    together(comm, lambda: _write(folder, spec=spec, translation=translation) if comm.rank == 0 else None)
+
+
+def _write(folder: Path, *, spec: RunSpec, translation: Translation) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.py").write_text(spec.text, encoding="utf-8")
+        _write_json(folder / "resolved.json", [as_json(leaf, path=spec.path) for leaf in spec.leaves])
+        _write_json(folder / "ds_config.json", translation.ds_config)
+        _write_json(folder / "translation.json", [note.as_json() for note in translation.notes])
+    except OSError as error:
+        raise ConfigError(
+            f"run directory {folder} cannot be written: {error}; name another one with --run-dir"
+        ) from error
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(json_value(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(json_value(value), indent=2, allow_nan=False, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")

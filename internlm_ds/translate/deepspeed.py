@@ -81,9 +81,9 @@ def examine(spec: RunSpec, *, overlays: Sequence[str | Path] = ()) -> tuple[Tran
         note = verdict.note(leaf)
         notes.append(note)
         if verdict.warn:
-            warnings.append(f"{leaf.key}: {verdict.reason}")
+            warnings.append(f"{leaf.source}: {verdict.reason}")
         if verdict.fidelity == "refused" and clash is None:
-            problems.append(Problem(leaf.key, verdict.reason, leaf.value, leaf.line, leaf.file))
+            problems.append(Problem(leaf.source, verdict.reason, leaf.value, leaf.line, leaf.file))
     return Translation(merged, tuple(notes), tuple(warnings)), [*problems, *overlay_problems]
 
 

@@ -119,6 +119,7 @@ GUARDS: dict[str, Guard] = {
 CHOICES: dict[str, tuple[Any, ...]] = {
     "data_types.grad_accum_dtype": ("fp32", "fp16", "bf16"),
     "communication_data_type": ("fp32", "fp16", "bf16"),
+    "log_level": ("debug", "info", "warning", "error", "critical"),
     "seq_parallel_communication_data_type": ("fp32", "fp16", "bf16"),
 }
 KINDS: dict[str, tuple[str, tuple[type, ...]]] = {

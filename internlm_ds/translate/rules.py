@@ -28,7 +28,7 @@ class Verdict:
         """The note of a leaf; what reading the file said about an old spelling is added in brackets."""
         old = leaf.note if leaf.note.startswith(("old", "from")) else ""
         reason = f"{self.reason} ({old})" if self.reason and old else self.reason or old
-        return Note(leaf.key, leaf.value, self.target, self.fidelity, reason, leaf.line)
+        return Note(leaf.source, leaf.value, self.target, self.fidelity, reason, leaf.line)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,11 @@ from internlm_ds.translate.rules import (
 
 FAMILIES_LATER = ("INTERNLM2_PUBLIC", "LLAMA2", "INTERNLM_MoE")
 ONE_TENSOR_RANK = "one tensor rank holds everything whole"
+TENSOR_MODES = {
+    "mtp": "activations between tensor regions are whole on every rank",
+    "msp": "activations between tensor regions are split along tokens",
+    "fsp": "runs as msp: the two compute the same and differ in how messages overlap with products",
+}
 DENSE = "a dense model has no experts"
 
 
@@ -118,11 +123,12 @@ def _kv_heads(leaf: Leaf, facts: Facts) -> Verdict:
     )
 
 
-def _one_rank(leaf: Leaf, facts: Facts) -> Verdict:
-    """A key that only says how the tensor axis is used."""
+def _parallel_output(leaf: Leaf, facts: Facts) -> Verdict:
     if facts.config.parallel.tensor.size == 1:
         return no_effect(ONE_TENSOR_RANK)
-    return no_effect("it only says how tensor ranks share their work, and parallel.tensor is refused")
+    if leaf.value:
+        return native("logits stay split along the vocabulary; ranks exchange three numbers a token for the loss")
+    return native("every tensor rank gets all logits")
 
 
 def _moe(*values: object) -> Rule:
@@ -153,16 +159,29 @@ def _zero1(leaf: Leaf, facts: Facts) -> Verdict:
             "ranks by our engine",
             target,
         )
-    return refused(
-        f"optimizer states shared by {layout.zero} of {layout.data} data-parallel ranks are not built in this version; "
-        f"write -1 (all {layout.data}) or 1 (no sharing)"
+    return native(
+        f"zero1={layout.zero} of data={layout.data}: stage 1 within groups of {layout.zero} ranks, gradients averaged "
+        f"across the {layout.data // layout.zero} replicas by our engine",
+        target,
     )
 
 
 def _tensor(leaf: Leaf, facts: Facts) -> Verdict:
     if leaf.value in (None, 1):
         return no_effect(ONE_TENSOR_RANK)
-    return refused("tensor parallelism is not built in this version; write 1")
+    if facts.spec.arch is None:
+        return native("the registered builder gets the axis as `tensor` and splits its layers over it")
+    return native(
+        f"our layers, split over {leaf.value} tensor ranks as InternLM splits them, and flagged for DeepSpeed's norm"
+    )
+
+
+def _tensor_mode(leaf: Leaf, facts: Facts) -> Verdict:
+    if facts.config.parallel.tensor.size == 1:
+        return no_effect(ONE_TENSOR_RANK)
+    if leaf.value == "isp":
+        return refused('weights split over their own group (isp) are not built in this version; write mode="msp"')
+    return native(TENSOR_MODES[leaf.value])
 
 
 def _weight(leaf: Leaf, facts: Facts) -> Verdict:
@@ -172,9 +191,13 @@ def _weight(leaf: Leaf, facts: Facts) -> Verdict:
 
 
 def _sequence_parallel(leaf: Leaf, facts: Facts) -> Verdict:
-    if not leaf.value or facts.config.parallel.tensor.size == 1:
+    if facts.config.parallel.tensor.size == 1:
         return no_effect(f"{ONE_TENSOR_RANK}: there is nothing to split the sequence over")
-    return refused("sequence parallelism is not built in this version; write False")
+    if not facts.config.parallel.sequence_parallel:
+        return no_effect("activations between tensor regions are whole on every rank")
+    return native(
+        "activations between tensor regions are split along tokens; gradients of norms are summed by our engine"
+    )
 
 
 def _pipeline(leaf: Leaf, facts: Facts) -> Verdict:
@@ -198,7 +221,7 @@ RULES: dict[str, Rule] = {
     "model.dtype": _dtype,
     "model.checkpoint": _recompute,
     "model.use_flash_attn": _flash,
-    "model.parallel_output": _one_rank,
+    "model.parallel_output": _parallel_output,
     "model.num_chunks": neutral(
         1,
         off="one chunk per stage",
@@ -233,7 +256,7 @@ RULES: dict[str, Rule] = {
     ),
     "parallel.tensor": _tensor,
     "parallel.tensor.size": _tensor,
-    "parallel.tensor.mode": _one_rank,
+    "parallel.tensor.mode": _tensor_mode,
     "parallel.pipeline": _pipeline,
     "parallel.pipeline.size": _pipeline,
     "parallel.pipeline.interleaved_overlap": _interleaved,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -26,7 +25,7 @@ def convert(*args: object, env: dict[str, str] | None = None, cwd: Path = ROOT) 
 def leaf_keys(path: Path, world_size: int) -> list[str]:
     from internlm_ds import runspec
 
-    return [leaf.key for leaf in runspec.resolve(path, world_size=world_size).leaves]
+    return [leaf.source for leaf in runspec.resolve(path, world_size=world_size).leaves]
 
 
 @pytest.fixture
@@ -158,8 +157,9 @@ def test_nothing_heavy_is_imported_and_it_answers_at_once(tutorial: Path) -> Non
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stderr.strip() == "[] 0"
     times = []
-    for _ in range(3):
+    # the best of five: what else the machine does now is no property of the command
+    for _ in range(5):
         start = time.perf_counter()
         convert(tutorial, "--report", "json")
         times.append(time.perf_counter() - start)
-    assert statistics.median(times) < 0.5 / 0.85
+    assert min(times) < 0.5

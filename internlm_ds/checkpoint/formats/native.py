@@ -1,10 +1,11 @@
-"""The native format, version 1: one folder per checkpoint, independent of the layout that wrote it.
+"""The native format: one folder per checkpoint, independent of the layout that wrote it.
 
-Weights lie whole, by logical name, in safetensors files, one set per rank that owns weights. Optimizer state lies in
-fragments: 1-D fp32 slices of flattened whole parameters, keyed `exp_avg/NAME@START`, as each rank happened to own
-them; a reader asks for any slice and gets it from however many fragments hold it. Beside them: `train_state.json`,
-one random state per rank, `config.py`, and `manifest.json`, written last. Everything is written into a temporary
-folder and appears under its name by one rename, or not at all.
+Weights lie by logical name in safetensors files, one set per rank that owns weights: whole, or as the shards that
+tensor ranks held, `NAME@tensor1`, each described in the manifest. Optimizer state lies in fragments: 1-D fp32 slices of
+what was flattened, a whole parameter or a shard, keyed `exp_avg/NAME@START`, as each rank happened to own them. A
+reader asks for a whole parameter, for any shard of it or for any slice, and gets it from what is there. Beside them:
+`train_state.json`, one random state per rank, `config.py`, and `manifest.json`, written last. Everything is written
+into a temporary folder and appears under its name by one rename, or not at all.
 
 When to save and what to load is the manager's; shapes of parameters are the blueprint's.
 """
@@ -18,7 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,13 +28,15 @@ from internlm_ds.checkpoint import manifest as manifests
 from internlm_ds.checkpoint import tensorfile, train_state
 from internlm_ds.checkpoint.agree import Comm, Solo, collect, on_first_rank
 from internlm_ds.checkpoint.completeness import check_fragments, check_parameters, check_visible
-from internlm_ds.checkpoint.manifest import Manifest, StoredFragment, StoredParameter
+from internlm_ds.checkpoint.manifest import Manifest, StoredFragment, StoredParameter, key_of
 from internlm_ds.checkpoint.storage.base import Storage
 from internlm_ds.checkpoint.storage.local import LocalStorage
 from internlm_ds.checkpoint.tensorfile import FileRecord, TensorReader
 from internlm_ds.config.schema import ModelConfig
 from internlm_ds.errors import CheckpointDamagedError, CheckpointError
 from internlm_ds.layout.ranks import Layout
+from internlm_ds.layout.shards import Shard
+from internlm_ds.parallel.shards import join, take
 
 MASTER, EXP_AVG, EXP_AVG_SQ = KINDS = ("master", "exp_avg", "exp_avg_sq")
 EMBEDDINGS = {"embedding.weight": "embedding.word_embeddings.weight"}
@@ -41,19 +44,35 @@ EMBEDDINGS |= {new: old for old, new in EMBEDDINGS.items()}
 TRAIN_STATE, CONFIG = "train_state.json", "config.py"
 
 
+class Weight(NamedTuple):
+    """What a rank writes of a parameter: all of it, or its shard."""
+
+    name: str
+    tensor: torch.Tensor
+    shard: Shard | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole parameter."""
+        shape = tuple(self.tensor.shape)
+        return shape if self.shard is None else self.shard.whole_shape(shape)
+
+
 @dataclass(frozen=True)
 class Fragment:
-    """A piece of optimizer state: elements `[start, start + numel)` of the flattened whole parameter `name`.
+    """A piece of optimizer state: elements `[start, start + numel)` of a flattened parameter.
 
     Attributes:
         kind: `master` (fp32 weights), `exp_avg` or `exp_avg_sq`.
         tensor: fp32 `(numel,)`.
+        shard: What was flattened; None: the whole parameter.
     """
 
     name: str
     kind: str
     start: int
     tensor: torch.Tensor
+    shard: Shard | None = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +89,7 @@ def save(
     folder: str | Path,
     *,
     comm: Comm | None = None,
-    weights: Iterable[tuple[str, torch.Tensor]],
+    weights: Iterable[Weight | tuple[str, torch.Tensor]],
     fragments: Iterable[Fragment] = (),
     rng_state: dict[str, Any] | None = None,
     train_state: dict[str, Any],
@@ -87,7 +106,8 @@ def save(
 
     Args:
         folder: Final place, `<save folder>/<step>` or `<save folder>/snapshot/0`; what is there is replaced at once.
-        weights: `(logical name, whole tensor)`, each of them written by exactly one rank of the job.
+        weights: `(logical name, whole tensor)`, or `(logical name, shard, its description)`; over all ranks of the job
+            each parameter is there once.
         fragments: This rank's optimizer state; over all ranks they cover every parameter once, or there are none.
         rng_state: Random states of this rank: nested dicts, lists, tuples of plain values, numpy arrays and tensors.
         train_state: Plain values (rank 0's are written).
@@ -137,17 +157,25 @@ def _write_rank(
     folder: Path,
     *,
     rank: int,
-    weights: Iterable[tuple[str, torch.Tensor]],
+    weights: Iterable[Weight | tuple[str, torch.Tensor]],
     fragments: Iterable[Fragment],
     rng_state: dict[str, Any] | None,
 ) -> _RankReport:
     files: dict[str, FileRecord] = {}
     parameters: list[StoredParameter] = []
     stored: list[StoredFragment] = []
-    for number, shard in enumerate(tensorfile.shards(weights)):
+    written: dict[str, StoredParameter] = {}
+
+    def named_weights() -> Iterable[tuple[str, torch.Tensor]]:
+        for weight in (Weight(*item) for item in weights):
+            entry = StoredParameter(weight.name, weight.shape, _dtype_name(weight.tensor.dtype), "", weight.shard)
+            written[entry.key] = entry
+            yield entry.key, weight.tensor
+
+    for number, group in enumerate(tensorfile.shards(named_weights())):
         file = f"weights-rank{rank:05d}-{number:05d}.safetensors"
-        files[file] = tensorfile.write(folder / file, shard, metadata={"format": "pt"})
-        parameters += [StoredParameter(n, tuple(t.shape), _dtype_name(t.dtype), file) for n, t in shard.items()]
+        files[file] = tensorfile.write(folder / file, group, metadata={"format": "pt"})
+        parameters += [replace(written[key], file=file) for key in group]
     described = ((_stored(f, file=""), f.tensor) for f in fragments if f.tensor.numel())
     entries: dict[str, StoredFragment] = {}
 
@@ -156,10 +184,10 @@ def _write_rank(
             entries[entry.key] = entry
             yield entry.key, tensor
 
-    for number, shard in enumerate(tensorfile.shards(named())):
+    for number, group in enumerate(tensorfile.shards(named())):
         file = f"optimizer-rank{rank:05d}-{number:05d}.safetensors"
-        files[file] = tensorfile.write(folder / file, shard, metadata={"format": "pt"})
-        stored += [replace(entries[key], file=file) for key in shard]
+        files[file] = tensorfile.write(folder / file, group, metadata={"format": "pt"})
+        stored += [replace(entries[key], file=file) for key in group]
     files |= _write_random_state(folder, rng_state, rank=rank)
     return _RankReport(files, parameters, stored, has_random_state=rng_state is not None)
 
@@ -168,7 +196,8 @@ def _stored(fragment: Fragment, *, file: str) -> StoredFragment:
     assert fragment.kind in KINDS, f"unknown kind of optimizer state {fragment.kind!r}"
     assert fragment.tensor.dim() == 1, f"{fragment.name}: a fragment is 1-D, got {tuple(fragment.tensor.shape)}"
     assert fragment.tensor.dtype == torch.float32, f"{fragment.name}: a fragment is fp32, got {fragment.tensor.dtype}"
-    return StoredFragment(fragment.name, fragment.kind, fragment.start, fragment.tensor.numel(), file)
+    rank = None if fragment.shard is None else fragment.shard.rank
+    return StoredFragment(fragment.name, fragment.kind, fragment.start, fragment.tensor.numel(), file, rank)
 
 
 def _write_random_state(folder: Path, rng_state: dict[str, Any] | None, *, rank: int) -> dict[str, FileRecord]:
@@ -222,7 +251,7 @@ def _finish(
     fragments = [f for report in reports for f in report.fragments]
     problems = [
         *check_parameters(parameters, arch=arch),
-        *check_fragments(fragments, {p.name: torch.Size(p.shape).numel() for p in parameters}),
+        *check_fragments(fragments, parameters),
         *check_visible(folder, files),
     ]
     if problems:
@@ -268,10 +297,13 @@ class NativeCheckpoint:
     def __init__(self, folder: Path, manifest: Manifest):
         self.folder, self.manifest = folder, manifest
         self._reader = TensorReader(folder)
-        self._parameters = {p.name: p for p in manifest.parameters}
+        self._parameters: dict[str, list[StoredParameter]] = defaultdict(list)
+        for parameter in manifest.parameters:
+            self._parameters[parameter.name].append(parameter)
+        # by what was flattened, and kind
         self._fragments: dict[tuple[str, str], list[StoredFragment]] = defaultdict(list)
         for fragment in sorted(manifest.fragments, key=lambda f: f.start):
-            self._fragments[fragment.name, fragment.kind].append(fragment)
+            self._fragments[key_of(fragment.name, fragment.tensor_rank), fragment.kind].append(fragment)
 
     @property
     def step(self) -> int:
@@ -315,16 +347,20 @@ class NativeCheckpoint:
         held = {kind for _, kind in self._fragments}
         return tuple(kind for kind in KINDS if kind in held)
 
-    def weight(self, name: str) -> torch.Tensor:
-        """A whole parameter, in the dtype it was stored in.
+    def weight(self, name: str, shard: Shard | None = None) -> torch.Tensor:
+        """A parameter, or a shard of it in whatever way it is stored, in the dtype it was stored in.
 
         Raises:
             CheckpointError: There is none of this name.
         """
-        name = self._known(name)
-        if name not in self._parameters:
-            raise CheckpointError(f"{self.folder} has no parameter {name!r}; it has {_sample(self._parameters)}")
-        return self._reader.tensor(self._parameters[name].file, name)
+        stored = self._stored(name)
+        for held in stored:
+            if held.shard == shard:
+                return self._reader.tensor(held.file, held.key)
+        if stored[0].shard is None:
+            assert shard is not None, "a whole parameter was asked for, and is stored"
+            return self._reader.spans(stored[0].file, stored[0].key, dim=shard.dim, spans=shard.spans)
+        return take(join({h.shard: self._reader.tensor(h.file, h.key) for h in stored if h.shard is not None}), shard)
 
     @property
     def weights(self) -> Mapping[str, torch.Tensor]:
@@ -346,25 +382,46 @@ class NativeCheckpoint:
             count = f"{len(problems)} parameter{'s' if len(problems) > 1 else ''}"
             raise CheckpointError(f"{self.folder} does not fit the model ({count}):\n  " + "\n  ".join(problems))
 
-    def fragment(self, name: str, kind: str, start: int, numel: int) -> torch.Tensor:
-        """fp32 `(numel,)`: elements `[start, start + numel)` of a kind of optimizer state of the flattened parameter.
+    def fragment(self, name: str, kind: str, start: int, numel: int, shard: Shard | None = None) -> torch.Tensor:
+        """fp32 `(numel,)`: elements `[start, start + numel)` of a kind of optimizer state of a flattened parameter.
 
+        Args:
+            shard: What is flattened, in whatever way it is stored; None: the whole parameter.
         Raises:
             CheckpointError: The checkpoint lacks this kind, this parameter or part of the range.
         """
-        name = self._known(name)
+        stored = self._stored(name)
+        for held in stored:
+            if held.shard == shard:
+                return self._range(held.key, kind, start, numel)
+        pieces = {held.shard: self._whole_range(held, kind) for held in stored}
+        whole = pieces[None] if None in pieces else join(pieces)
+        return take(whole, shard).flatten()[start : start + numel]
+
+    def _whole_range(self, held: StoredParameter, kind: str) -> torch.Tensor:
+        shape = held.shape if held.shard is None else held.shard.shape(held.shape)
+        return self._range(held.key, kind, 0, held.numel).view(shape)
+
+    def _range(self, key: str, kind: str, start: int, numel: int) -> torch.Tensor:
         pieces, position, stop = [], start, start + numel
-        for stored in self._fragments.get((name, kind), ()):
+        for stored in self._fragments.get((key, kind), ()):
             if stored.stop > position and stored.start <= position < stop:
                 low, high = position - stored.start, min(stop, stored.stop) - stored.start
                 pieces.append(self._reader.range(stored.file, stored.key, low, high))
                 position = stored.start + high
         if position < stop:
             raise CheckpointError(
-                f"{self.folder} has no {kind} for elements {position} to {stop} of {name!r}; it holds "
+                f"{self.folder} has no {kind} for elements {position} to {stop} of {key!r}; it holds "
                 f"{', '.join(self.kinds) or 'no optimizer state'}"
             )
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces) if pieces else torch.empty(0)
+
+    def _stored(self, name: str) -> list[StoredParameter]:
+        """A parameter as it is stored: whole, or all its shards."""
+        name = self._known(name)
+        if name not in self._parameters:
+            raise CheckpointError(f"{self.folder} has no parameter {name!r}; it has {_sample(self._parameters)}")
+        return self._parameters[name]
 
     def _known(self, name: str) -> str:
         """The name that is stored: `embed_split_hidden` renames the embedding, the whole matrix is the same."""

@@ -90,9 +90,12 @@ def test_registered_model_types_are_not_looked_into() -> None:
     assert tensor_divisors(config(odd, "my:builder")) == []
 
 
-def test_a_reward_model_needs_no_vocabulary_split() -> None:
-    names = [name for name, _ in tensor_divisors(config(replace(SEVEN_B, is_reward=True)))]
-    assert "model.vocab_size" not in names
-    assert "model.vocab_size" in [name for name, _ in tensor_divisors(config(SEVEN_B))]
+def test_the_vocabulary_need_not_divide() -> None:
+    assert [name for name, _ in tensor_divisors(config(SEVEN_B))] == ["model.num_attention_heads", "the MLP width"]
     grouped = tensor_divisors(config(replace(SEVEN_B, num_kv_attention_heads=4), "INTERNLM2_PUBLIC"))
     assert ("model.num_kv_attention_heads", 4) in grouped
+
+
+def test_the_plain_mlp_has_another_width() -> None:
+    plain = config(replace(SEVEN_B, use_swiglu=False, mlp_ratio=2.6))
+    assert ("the MLP width", 10649) in tensor_divisors(plain)

@@ -40,13 +40,21 @@ def test_tensor_must_divide_everything_at_once(write: Write, line_of: Callable[[
     path = write("", ("tensor=1", "tensor=3"))
     assert refusals(path, 8) == [
         f"parallel.tensor = 3 (line {line_of(path, 'tensor=3')}): must divide the world size = 8, "
-        "model.num_attention_heads = 4, model.vocab_size = 256 and the MLP width = 256; possible here: 1, 2, 4"
+        "model.num_attention_heads = 4 and the MLP width = 256; possible here: 1, 2, 4"
     ]
     (single,) = refusals(path, 12)
-    assert single.endswith(
-        "must divide model.num_attention_heads = 4, model.vocab_size = 256 and the MLP width = 256; "
-        "possible here: 1, 2, 4"
-    )
+    assert single.endswith("must divide model.num_attention_heads = 4 and the MLP width = 256; possible here: 1, 2, 4")
+
+
+def test_a_vocabulary_need_not_divide_by_tensor(write: Write) -> None:
+    assert resolve(write(), overrides=["model.vocab_size=131", "parallel.tensor=4"], world_size=4).layout.tensor == 4
+
+
+def test_sequence_parallelism_divides_the_tokens_of_a_micro_batch(write: Write) -> None:
+    odd = ["parallel.tensor=4", "data.seq_len=33", "data.micro_bsz=2"]
+    resolve(write(), overrides=odd, world_size=4)
+    (found,) = refusals(write(), 4, *odd, "parallel.sequence_parallel=True")
+    assert "must divide data.micro_bsz * data.seq_len = 66; possible here: 1, 2 (given with --set)" in found
 
 
 def test_tensor_and_pipeline_that_only_together_do_not_divide_are_one_problem(write: Write) -> None:

@@ -205,9 +205,10 @@ def test_no_seed_leaves_parameters_to_a_checkpoint():
     LanguageModel(entries(seed=None))
 
 
-def test_tensor_ranks_are_refused():
-    with pytest.raises(LayoutError, match=r"parallel\.tensor = 2"):
-        build_layers(internlm.build(TINY), TINY, tensor=Axis("tensor", 2), seed=1, dtype=torch.float32)
+def test_tensor_ranks_that_do_not_divide_are_refused_before_anything_is_built():
+    message = r"blocks\.0\.mixer\.Wqkv\.weight \[48, 16\]: 2 units .* parallel\.tensor = 4 ranks; possible here: 1, 2"
+    with pytest.raises(LayoutError, match=message):
+        build_layers(internlm.build(TINY), TINY, tensor=Axis("tensor", 4), seed=1, dtype=torch.float32)
 
 
 def test_post_norm_is_refused():

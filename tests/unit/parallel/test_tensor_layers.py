@@ -1,4 +1,4 @@
-"""Layers over a tensor axis of size 1 are the plain layers; larger axes are refused."""
+"""Layers over a tensor axis of size 1 are the plain layers; what does not divide is refused."""
 
 import pytest
 import torch
@@ -61,18 +61,33 @@ def test_scale_gradient_of_one_is_the_tensor_itself():
 
 
 @pytest.mark.parametrize(
-    "build",
+    ("build", "message"),
     [
-        lambda: ColumnParallelLinear(8, 12, tensor=TWO),
-        lambda: RowParallelLinear(8, 12, tensor=TWO),
-        lambda: HiddenSplitEmbedding(8, 12, tensor=TWO),
-        lambda: VocabSplitEmbedding(8, 12, tensor=TWO),
-        lambda: mean_cross_entropy(torch.zeros(1, 2), torch.zeros(1).long(), tensor=TWO),
+        (lambda: ColumnParallelLinear(8, 13, tensor=TWO), "output width = 13"),
+        (lambda: RowParallelLinear(9, 12, tensor=TWO), "input width = 9"),
+        (lambda: HiddenSplitEmbedding(8, 13, tensor=TWO), "model.hidden_size = 13"),
     ],
 )
-def test_larger_axes_are_refused(build):
-    with pytest.raises(LayoutError, match=r"parallel.tensor = 2: this version does not split layers.*use tensor=1"):
+def test_widths_that_do_not_divide_are_refused(build, message):
+    with pytest.raises(LayoutError, match=f"{message} does not divide by parallel.tensor = 2"):
         build()
+
+
+def test_a_vocabulary_need_not_divide():
+    rows = [VocabSplitEmbedding(13, 4, tensor=Axis("tensor", 2, rank)) for rank in (0, 1)]
+    assert [len(e.word_embeddings.weight) for e in rows] == [7, 6]
+    head = [ColumnParallelLinear(4, 13, tensor=Axis("tensor", 2, rank), uneven=True) for rank in (0, 1)]
+    assert [len(layer.weight) for layer in head] == [7, 6]
+
+
+def test_the_output_bias_is_on_the_first_rank_only():
+    assert RowParallelLinear(8, 12, tensor=Axis("tensor", 2, 0)).bias is not None
+    assert RowParallelLinear(8, 12, tensor=Axis("tensor", 2, 1)).bias is None
+
+
+def test_logits_of_another_slice_are_noticed():
+    with pytest.raises(AssertionError, match=r"logits \(1, 3\) are not tensor rank 0's slice of a vocabulary of 4"):
+        mean_cross_entropy(torch.zeros(1, 3), torch.zeros(1).long(), tensor=TWO, vocab_size=4)
 
 
 def test_share_must_divide():

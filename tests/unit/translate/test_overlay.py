@@ -107,6 +107,7 @@ def test_shipped_overlays(spec_of: SpecOf, path: Path) -> None:
         ({"comms_logger": {"prof_ops": "all"}}, "deepspeed.comms_logger.prof_ops", "must be a list"),
         ({"communication_data_type": "fp8"}, "deepspeed.communication_data_type", "must be one of 'fp32'"),
         ({"log_level": 3}, "deepspeed.log_level", "must be a string"),
+        ({"log_level": "loud"}, "deepspeed.log_level", "must be one of 'debug'"),
         ({"gradient_predivide_factor": "1"}, "deepspeed.gradient_predivide_factor", "must be a number"),
     ],
 )

@@ -45,7 +45,7 @@ def refusal(spec: RunSpec, key: str) -> str:
 def test_every_leaf_has_one_note(spec_of: SpecOf, config: str) -> None:
     spec = spec_of(config=config, world_size=8)
     translation = translate(spec)
-    assert [note.source for note in translation.notes] == [leaf.key for leaf in spec.leaves]
+    assert [note.source for note in translation.notes] == [leaf.source for leaf in spec.leaves]
     assert len({note.source for note in translation.notes}) == len(translation.notes)
     for note in translation.notes:
         assert note.fidelity in MEANING
@@ -209,13 +209,15 @@ def test_reduction_buffer_is_capped_at_the_largest_stage(spec_of: SpecOf) -> Non
 
 
 def test_zero1(spec_of: SpecOf) -> None:
-    key = "parallel.zero1.size"
+    key = "parallel.zero1"
     whole = note_of(spec_of(world_size=4), key)
     assert (whole.fidelity, whole.target) == ("exact", "zero_optimization.stage")
     none = note_of(spec_of("parallel.zero1=1", world_size=4), key)
     assert none.fidelity == "native" and "gradients averaged over the 4" in none.reason
-    part = refusal(spec_of("parallel.zero1=2", world_size=4), key)
-    assert "2 of 4" in part and "write -1 (all 4) or 1" in part
+    part = note_of(spec_of("parallel.zero1=2", world_size=4), key)
+    assert part.fidelity == "native" and "groups of 2 ranks" in part.reason and "2 replicas" in part.reason
+    dict_form = spec_of("parallel.zero1={'size': 2, 'fsdp': False}", world_size=4)
+    assert note_of(dict_form, "parallel.zero1.size").fidelity == "native"
 
 
 def test_saving_switched_off_leaves_addresses_alone(spec_of: SpecOf) -> None:
@@ -292,10 +294,28 @@ def test_what_this_version_lacks_is_refused(spec_of: SpecOf, key: str, value: st
     assert words in refusal(spec, source)
 
 
-def test_tensor_parallelism_is_refused(spec_of: SpecOf) -> None:
-    spec = spec_of("parallel.tensor=2", "parallel.sequence_parallel=True", world_size=2)
-    assert "write 1" in refusal(spec, "parallel.tensor.size")
-    assert note_of(spec, "model.parallel_output").fidelity == "no_effect"
+@pytest.mark.parametrize(
+    ("overrides", "mode", "words"),
+    [
+        (["parallel.tensor=2"], "mtp", "whole on every rank"),
+        (["parallel.tensor=2", "parallel.sequence_parallel=True"], "msp", "split along tokens"),
+        (["parallel.tensor={'size': 2, 'mode': 'fsp'}"], "fsp", "runs as msp"),
+    ],
+)
+def test_tensor_ranks_are_ours(spec_of: SpecOf, overrides: list[str], mode: str, words: str) -> None:
+    spec = spec_of(*overrides, world_size=2)
+    assert (spec.layout.tensor, spec.config.parallel.tensor.mode) == (2, mode)
+    found = note_of(spec, "parallel.tensor.mode")
+    assert found.fidelity == "native" and words in found.reason
+    assert note_of(spec, "parallel.tensor.size" if mode == "fsp" else "parallel.tensor").fidelity == "native"
+    assert note_of(spec, "model.parallel_output").fidelity == "native"
+    sequence = note_of(spec, "parallel.sequence_parallel")
+    assert sequence.fidelity == ("no_effect" if mode == "mtp" else "native")
+
+
+def test_isp_is_refused_with_what_to_use_instead(spec_of: SpecOf) -> None:
+    spec = spec_of("parallel.tensor={'size': 2, 'mode': 'isp'}", world_size=2)
+    assert refusal(spec, "parallel.tensor.mode").endswith('write mode="msp"')
 
 
 def test_neutral_modes_have_no_effect(spec_of: SpecOf) -> None:

@@ -1,0 +1,158 @@
+"""Tensor and sequence parallel runs against one process: losses, norms, weights, checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from layout_runs import Case, RankResult, assert_close, assert_follows, merged, train
+
+from internlm_ds.checkpoint.formats import native
+from internlm_ds.layout.ranks import Layout
+from internlm_ds.testing.ranks import run_ranks
+
+pytestmark = pytest.mark.timeout(240)
+
+TP2, TP4, PP2_TP2 = Layout(tensor=2), Layout(tensor=4), Layout(pipe=2, tensor=2)
+PLAIN = Case()
+VOCAB_SPLIT = (("embed_split_hidden", False),)
+ODD = Case(vocab=131, model=VOCAB_SPLIT)
+WHOLE_LOGITS = (("embed_split_hidden", False), ("parallel_output", False))
+CASES = {
+    "tp2": replace(PLAIN, layout=TP2),
+    "tp2-sp": replace(PLAIN, layout=TP2, mode="msp"),
+    "tp4": replace(PLAIN, layout=TP4),
+    "pp2-tp2": replace(PLAIN, layout=PP2_TP2),
+    "pp2-tp2-sp-recompute": replace(PLAIN, layout=PP2_TP2, mode="msp", model=(*PLAIN.model, ("checkpoint", 0.5))),
+    "dp2-tp2-sp": replace(PLAIN, layout=Layout(data=2, tensor=2, zero=2), mode="msp"),
+    "vocabulary-131-tp4": replace(ODD, layout=TP4),
+    "vocabulary-131-tp4-sp-whole-logits": replace(ODD, layout=TP4, mode="msp", model=WHOLE_LOGITS),
+}
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """One process' run of a case, made once for all layouts that compute the same."""
+    known: dict[Case, RankResult] = {}
+
+    def get(case: Case) -> RankResult:
+        changes_nothing = {"checkpoint", "parallel_output"}
+        model = tuple(item for item in case.model if item[0] not in changes_nothing)
+        alone = replace(case, layout=Layout(), mode="mtp", model=model, save_folder="")
+        if alone not in known:
+            path = alone.write(tmp_path_factory.mktemp("single"))
+            (known[alone],) = run_ranks(train, Layout(), path, alone, timeout_s=100)
+        return known[alone]
+
+    return get
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_tensor_layout_follows_one_process(name: str, single, tmp_path: Path):
+    case = CASES[name]
+    ranks = run_ranks(train, case.layout, case.write(tmp_path), case, timeout_s=200)
+    assert_follows(ranks, single(case), clip=case.clip)
+
+
+@pytest.mark.parametrize("mode", ["mtp", "msp"])
+def test_bf16_sums_in_fp32_on_stages_of_tensor_ranks(mode: str, single, tmp_path: Path):
+    case = Case(layout=PP2_TP2, mode=mode, dtype="bfloat16", steps=6)
+    ranks = run_ranks(_train_and_look, case.layout, case.write(tmp_path), case, timeout_s=200)
+    whole = single(case)
+    for rank in ranks:
+        assert rank.extra == ["torch.float32"]
+        assert_close(rank.losses, whole.losses, relative=2e-3, what="loss")
+        assert_close(rank.norms, whole.norms, relative=2e-2, what="norm")
+    merged(ranks, "after")  # replicas are equal
+
+
+def _train_and_look(context, path: str, case: Case) -> RankResult:
+    return train(context, path, case, hook=_accumulation_dtypes)
+
+
+def _accumulation_dtypes(engine) -> list[str]:
+    return sorted({str(p._hp_grad.dtype) for p in engine.module.parameters()})
+
+
+@pytest.mark.parametrize(("flag", "mode"), [("tensor_model_parallel", "mtp"), ("sequence_parallel", "msp")])
+def test_a_parameter_without_its_flag_makes_the_norm_wrong(flag: str, mode: str, single, tmp_path: Path):
+    """The reason why the blueprint writes the flags: nothing else would notice."""
+    case = Case(layout=TP2, mode=mode, steps=1)
+    ranks = run_ranks(_train_without, TP2, case.write(tmp_path), case, flag, timeout_s=100)
+    expected = single(Case()).outcomes[0]
+    assert_close(ranks[0].losses, [expected[0]], relative=1e-5, what="loss")
+    with pytest.raises(AssertionError, match="norm differs"):
+        assert_close(ranks[0].norms, [expected[1]], relative=1e-4, what="norm")
+
+
+def _train_without(context, path: str, case: Case, flag: str) -> RankResult:
+    return train(context, path, case, hook=lambda engine: _drop_flag(engine, flag))
+
+
+def _drop_flag(engine, flag: str) -> None:
+    name = "blocks.1.mixer.Wqkv.weight" if flag == "tensor_model_parallel" else "blocks.1.norm1.weight"
+    (parameter,) = (p for n, p in engine.logical_parameters() if n == name)
+    delattr(parameter, flag)
+    engine._sequence_parallel_parameters = [p for p in engine._sequence_parallel_parameters if hasattr(p, flag)]
+
+
+# ---- checkpoints ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> tuple[Path, list[RankResult]]:
+    """A run on two tensor ranks, saved after step 5 of 10, and its results."""
+    folder = tmp_path_factory.mktemp("saved")
+    case = _saving(TP2, folder)
+    ranks = run_ranks(train, TP2, case.write(folder), case, timeout_s=100)
+    (folder / "10").rename(folder.parent / f"{folder.name}-final")
+    return folder, ranks
+
+
+def _saving(layout: Layout, folder: Path) -> Case:
+    return replace(ODD, layout=layout, save_folder=str(folder))
+
+
+def test_shards_are_written_by_their_owners_and_read_whole(saved, single):
+    folder, ranks = saved
+    assert_follows(ranks, single(ODD), clip=ODD.clip)
+    checkpoint = native.open(folder.parent / f"{folder.name}-final")
+    for name, weight in merged(ranks, "after").items():
+        assert checkpoint.weight(name).equal(weight), name
+        assert checkpoint.fragment(name, "master", 0, weight.numel()).equal(weight.flatten())
+    files = {p.key: p.file for p in checkpoint.manifest.parameters}
+    assert files["head.weight@tensor1"].startswith("weights-rank00001")
+    assert files["norm.weight"].startswith("weights-rank00000") and "norm.weight@tensor1" not in files
+    assert files["blocks.0.mixer.out_proj.bias"].startswith("weights-rank00000")
+    sizes = {file: (checkpoint.folder / file).stat().st_size for file in files.values()}
+    assert sum(sizes.values()) < 1.2 * sum(w.numel() * 4 for w in merged(ranks, "after").values())
+
+
+def test_resume_on_the_same_ranks_is_bit_exact(saved, tmp_path: Path):
+    _, ranks = saved
+    resumed = _resume(saved, TP2, tmp_path)
+    for before, after in zip(ranks, resumed, strict=True):
+        assert after.first_step == 5 and after.outcomes == before.outcomes[5:]
+        assert all(piece.tensor.equal(before.after[name].tensor) for name, piece in after.after.items())
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tensor=4), Layout(data=2, tensor=2, zero=2)], ids=str)
+def test_resume_on_other_ranks_is_close(layout: Layout, saved, tmp_path: Path):
+    _, ranks = saved
+    resumed = _resume(saved, layout, tmp_path)
+    before = merged(ranks, "after")
+    for rank in resumed:
+        assert_close(rank.losses, ranks[0].losses[5:], relative=1e-5, what="loss")
+        assert_close(rank.norms, ranks[0].norms[5:], relative=1e-4, what="norm")
+    for name, weight in merged(resumed, "after").items():
+        torch.testing.assert_close(weight, before[name], rtol=0, atol=1e-5)
+
+
+def _resume(saved, layout: Layout, folder: Path) -> list[RankResult]:
+    import shutil
+
+    shutil.copytree(saved[0] / "5", folder / "ckpt" / "5")
+    case = _saving(layout, folder / "ckpt")
+    return run_ranks(train, layout, case.write(folder), case, timeout_s=150)

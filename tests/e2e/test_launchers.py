@@ -1,0 +1,154 @@
+"""`deepspeed`, `torchrun` and the variables of `srun` start the same run, without a compiler; and none leaves a worker
+behind when a rank fails or the launcher itself is killed.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_runs import PRETRAIN, steps, write_run
+
+pytestmark = pytest.mark.timeout(200)
+
+FAILING = Path(__file__).with_name("pretrain_failing.py")
+FEW = ("data.total_steps=4", "ckpt.enable_save_ckpt=False", "parallel.zero1=1")
+LONG = ("data.total_steps=1000000", "data.skip_batches=")
+COMPILERS = ("c++", "cc", "clang", "clang++", "g++", "gcc", "ninja", "nvcc")
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+def command_of(launcher: str, script: Path, config: Path, run_dir: Path, overrides: tuple[str, ...]) -> list[str]:
+    words = [str(script), "--config", str(config), "--run-dir", str(run_dir)]
+    words += [word for text in overrides for word in ("--set", text)]
+    if launcher == "deepspeed":
+        beside_python = Path(sys.executable).with_name("deepspeed")
+        return [str(beside_python), "--num_accelerators", "2", "--master_port", str(free_port()), *words]
+    if launcher == "torchrun":
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *words]
+    return [sys.executable, *words]
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of the test, without what a launcher sets, and without the test's own choice of accelerator."""
+    left = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "DS_ACCELERATOR")}
+    return {**left, "OMP_NUM_THREADS": "1", **more}
+
+
+@pytest.fixture(scope="module")
+def no_compiler(tmp_path_factory) -> dict[str, str]:
+    """A PATH on which every program is found but those that compile, and an empty cache of compiled extensions."""
+    folder = tmp_path_factory.mktemp("bin")
+    for source in [Path(sys.executable).parent, *map(Path, os.environ["PATH"].split(os.pathsep))]:
+        for program in source.iterdir() if source.is_dir() else ():
+            compiles = program.name.removeprefix("x86_64-linux-gnu-").split("-")[0] in COMPILERS
+            if not compiles and not (folder / program.name).exists():
+                (folder / program.name).symlink_to(program)
+    assert not any(shutil.which(name, path=str(folder)) for name in COMPILERS)
+    extensions = tmp_path_factory.mktemp("extensions")
+    return {"PATH": str(folder), "TORCH_EXTENSIONS_DIR": str(extensions), "TMPDIR": str(tmp_path_factory.mktemp("tmp"))}
+
+
+@pytest.fixture
+def started() -> list[subprocess.Popen]:
+    """Processes of a test; those still alive are killed at its end, with everything below them."""
+    processes: list[subprocess.Popen] = []
+    yield processes
+    for process in processes:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def start(started, command: list[str], *, cwd: Path, **environ: str) -> subprocess.Popen[str]:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, cwd=cwd, env=environment(**environ), start_new_session=True, **pipes)
+    started.append(process)
+    return process
+
+
+def start_ranks(started, launcher: str, script: Path, config: Path, run_dir: Path, *overrides: str, **environ: str):
+    """The launcher, or for `srun` the two tasks that it would have started, with the variables it sets."""
+    command = command_of(launcher, script, config, run_dir, overrides)
+    if launcher != "srun":
+        return [start(started, command, cwd=config.parent, **environ)]
+    job = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "2", "SLURM_NODELIST": "127.0.0.1", "SLURM_TASKS_PER_NODE": "2"}
+    job |= {"MASTER_PORT": str(free_port()), "MASTER_ADDR": "127.0.0.1", **environ}
+    ranks = [{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
+    return [start(started, command, cwd=config.parent, **job, **rank) for rank in ranks]
+
+
+def wait_for_steps(run_dir: Path, launcher: subprocess.Popen[str], *, timeout_s: float = 90.0) -> None:
+    deadline, metrics = time.monotonic() + timeout_s, run_dir / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 2):
+        assert time.monotonic() < deadline and launcher.poll() is None, launcher.communicate()[0]
+        time.sleep(0.02)
+
+
+def test_every_launcher_starts_the_same_run(tmp_path: Path, no_compiler: dict[str, str], started):
+    config = write_run(tmp_path)
+    results = {}
+    for launcher in ("deepspeed", "torchrun", "srun"):
+        run_dir = tmp_path / launcher
+        processes = start_ranks(started, launcher, PRETRAIN, config, run_dir, *FEW, **no_compiler)
+        texts = [process.communicate(timeout=100)[0] for process in processes]
+        assert [process.returncode for process in processes] == [0] * len(processes), texts
+        results[launcher] = steps(run_dir)
+        assert sum(text.count("===========New Run") for text in texts) == 2, "each rank says where it stands"
+        for line in ("Distributed environment is initialized, data parallel size: 2", "Number of elements on ranks: ["):
+            assert sum(text.count(line) for text in texts) == 1
+        warnings = [line for text in texts for line in text.splitlines() if line.startswith("warning: ")]
+        assert len(warnings) == len(set(warnings)) > 0, "what a run warns of is said by one rank"
+        assert not any("Traceback" in text or "mpi4py" in text for text in texts)
+    assert results["deepspeed"] == results["torchrun"] == results["srun"]
+    assert [s["num_consumed_tokens"] for s in results["torchrun"]] == [256, 512, 768, 1024]
+    assert list(Path(no_compiler["TORCH_EXTENSIONS_DIR"]).iterdir()) == [], "DeepSpeed has compiled something"
+
+
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "srun"])
+def test_one_failing_rank_ends_the_job(launcher: str, tmp_path: Path, started):
+    config = write_run(tmp_path)
+    processes = start_ranks(started, launcher, FAILING, config, tmp_path / "run", "data.skip_batches=")
+    texts = [process.communicate(timeout=60)[0] for process in processes]
+    assert all(process.returncode not in (0, None) for process in processes), texts
+    assert any("RuntimeError: cosmic ray on rank 1" in text for text in texts)
+    assert len(steps(tmp_path / "run")) == 2
+    assert "cosmic ray on rank 1" in (tmp_path / "run" / "train.rank1.log").read_text()
+
+
+def test_workers_of_a_killed_launcher_save_and_end(tmp_path: Path, started):
+    """The `deepspeed` command starts a process that starts the workers: killed outright, it can tell neither."""
+    config = write_run(tmp_path)
+    (launcher,) = start_ranks(started, "deepspeed", PRETRAIN, config, tmp_path / "run", *LONG)
+    wait_for_steps(tmp_path / "run", launcher)
+    os.kill(launcher.pid, signal.SIGKILL)
+    # the pipe ends when the last worker has closed it
+    text = launcher.communicate(timeout=60)[0]
+    assert "stopped by SIGTERM after batch" in text
+    last = steps(tmp_path / "run")[-1]["step_count"]
+    assert (tmp_path / "ckpt" / str(last) / "manifest.json").exists()
+    assert not (tmp_path / "ckpt" / ".lock").exists()
+
+
+def test_torchrun_passes_sigterm_on(tmp_path: Path, started):
+    """A signal to the whole process group, as `timeout` and batch systems send it: each worker gets two of them."""
+    config = write_run(tmp_path)
+    (launcher,) = start_ranks(started, "torchrun", PRETRAIN, config, tmp_path / "run", *LONG)
+    wait_for_steps(tmp_path / "run", launcher)
+    os.killpg(launcher.pid, signal.SIGTERM)
+    text = launcher.communicate(timeout=60)[0]
+    assert launcher.returncode != 0 and "stopped by SIGTERM after batch" in text
+    last = steps(tmp_path / "run")[-1]["step_count"]
+    assert (tmp_path / "ckpt" / str(last) / "manifest.json").exists()
