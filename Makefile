@@ -77,9 +77,11 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(INSTALLED): pyproject.toml | $(VENV)/bin/python
-	$(PIP) install $(PIP_FLAGS) -e .
+	@echo "installing internlm-ds into $(VENV); the first time this takes a minute or more"
+	$(PIP) install --quiet $(PIP_FLAGS) -e .
 	@touch $@
 
 $(INSTALLED_TEST): pyproject.toml | $(VENV)/bin/python
-	$(PIP) install $(PIP_FLAGS) -e ".[test]"
+	@echo "installing internlm-ds and what its tests need into $(VENV); the first time this takes a minute or more"
+	$(PIP) install --quiet $(PIP_FLAGS) -e ".[test]"
 	@touch $(INSTALLED) $@

@@ -1,4 +1,4 @@
-"""Many more examples for every property test, whatever number it asks for itself: `make soak` loads this as a plugin."""
+"""Many more examples for every property test, whatever number it asks for itself: `make soak` loads it as a plugin."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def leave_region(x: Tensor, tensor: Axis, *, sequence_parallel: bool = False) ->
     """What becomes of a row-parallel product: the sum over ranks, whole or this rank's tokens of it.
 
     Args:
-        x: `(T, H)`, one addend per rank.
+        x: `(T, H)`, one addend per rank; it is overwritten.
     Returns:
         `(T, H)`, or `(t, H)` with `sequence_parallel`.
     Raises:
@@ -113,11 +113,13 @@ class _Copy(Function):
 
 
 class _Sum(Function):
-    """Sum forward, identity backward."""
+    """Sum forward, in place: the product that is summed is nobody else's. Identity backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, tensor: Axis) -> Tensor:
-        return _summed(x, tensor)
+        ctx.mark_dirty(x)
+        dist.all_reduce(x, group=tensor.group)
+        return x
 
     @staticmethod
     @once_differentiable

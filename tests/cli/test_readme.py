@@ -92,6 +92,49 @@ def test_files_and_links_exist(page: str):
     assert not missing, f"{page} names what does not exist: {missing}"
 
 
+def run_ours(*words: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "internlm_ds.cli.main", *words]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
+
+
+def sample_that_begins(page: str, first: str) -> list[str]:
+    """Lines of the page's fenced block that begins with `first`."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    found = re.search(rf"^```\n({re.escape(first)}.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert found is not None, f"{page} shows no block that begins with {first!r}"
+    return found[1].splitlines()
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
+def test_report_that_is_shown_is_the_real_one(page: str):
+    done = run_ours("convert-config", "model_configs/7b.py", "--world-size", "8")
+    assert done.returncode == 0, done.stderr
+
+    def columns(line: str) -> list[str]:
+        return re.split(r" {2,}", line.split("…")[0].strip())
+
+    real = [columns(line) for line in done.stderr.splitlines()]
+    for line in sample_that_begins(page, "line "):
+        shown = columns(line)
+        assert any(
+            len(shown) <= len(r) and r[:-1] == shown[: len(r) - 1] and r[-1].startswith(shown[-1]) for r in real
+        ), f"{page} shows a line that is not in the report (any more): {line}"
+
+
+@pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])
+def test_error_that_is_shown_is_the_real_one(page: str, tmp_path: Path):
+    text = (ROOT / "model_configs" / "7b.py").read_text(encoding="utf-8")
+    mistakes = {"    micro_num=4": "    micro_nun=4", 'skip_batches=""': 'skip_batches="10-5"'}
+    mistakes |= {"clip_grad_norm=": "clip_grad_norn=", "tensor=1,": "tensor=3,"}
+    for right, wrong in mistakes.items():
+        assert text.count(right) == 1
+        text = text.replace(right, wrong)
+    (tmp_path / "bad.py").write_text(text, encoding="utf-8")
+    done = run_ours("convert-config", "bad.py", "--world-size", "8", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == sample_that_begins(page, "ConfigError")
+
+
 def test_both_languages_show_the_same_commands():
     english, chinese = (list(commands(page)) for page in ("README.md", "README.zh-CN.md"))
     assert [shlex.join(words) for words in english] == [shlex.join(words) for words in chinese]

@@ -182,3 +182,9 @@ def test_scripts_shadow_no_module_of_others(door: str):
 def test_files_open_with_what_they_own():
     silent = [shown(m, 1) for m in modules() if modules()[m].stat().st_size and not ast.get_docstring(syntax_tree(m))]
     assert not silent, "no docstring at the top: " + ", ".join(silent)
+
+
+def test_architecture_page_names_every_room():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rooms = {room_of(module) for module in modules() if module != PACKAGE}
+    assert not [room for room in sorted(rooms - set(DOORS)) if f"| `{room.split('.')[0]}` |" not in page]
