@@ -7,14 +7,14 @@ that a live owner touches it every minute: ten minutes without a touch, and it c
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import os
-import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,25 +64,21 @@ class FolderLock:
         )
 
     def _clear_if_dead(self, now: float) -> None:
-        owner = _read(self.path)
-        try:
-            age_s = now - self.path.stat().st_mtime
-        except FileNotFoundError:
-            return
-        if _is_alive(owner, own_host=self._owner["host"], age_s=age_s):
-            raise CheckpointError(
-                f"save folder {self.path.parent} is in use by another run: process {owner.get('pid', '?')} on "
-                f"{owner.get('host', '?')}, last seen {age_s:.0f} s ago. Give this run another "
-                f"ckpt.save_ckpt_folder, or wait for that one; if it is dead, remove {self.path}"
-            )
-        # renamed first: two runs that both find it dead must not remove each other's new lock
-        aside = self.path.with_name(f"{NAME}-{os.getpid()}-{secrets.token_hex(4)}")
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(self.path, aside)
-            if _read(aside) != owner:
-                os.link(aside, self.path)
-            aside.unlink()
-        log.warning("%s was left behind by a run that is dead (%s): taken over", self.path, owner)
+        # one at a time: two runs that both find it dead must not remove each other's new lock
+        with _takeover(self.path):
+            owner = _read(self.path)
+            try:
+                age_s = now - self.path.stat().st_mtime
+            except FileNotFoundError:
+                return
+            if _is_alive(owner, own_host=self._owner["host"], age_s=age_s):
+                raise CheckpointError(
+                    f"save folder {self.path.parent} is in use by another run: process {owner.get('pid', '?')} on "
+                    f"{owner.get('host', '?')}, last seen {age_s:.0f} s ago. Give this run another "
+                    f"ckpt.save_ckpt_folder, or wait for that one; if it is dead, remove {self.path}"
+                )
+            log.warning("%s was left behind by a run that is dead (%s): taken over", self.path, owner)
+            self.path.unlink(missing_ok=True)
 
     def _keep_alive(self) -> None:
         while not self._released.wait(TOUCH_EVERY_S):
@@ -90,6 +86,17 @@ class FolderLock:
                 os.utime(self.path)
             except OSError:
                 return  # the folder is gone: the next save will say so
+
+
+@contextlib.contextmanager
+def _takeover(path: Path) -> Iterator[None]:
+    """Alone among all processes and threads that look at a lock they did not get; the kernel frees it if one dies."""
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def _read(path: Path) -> dict[str, Any]:
