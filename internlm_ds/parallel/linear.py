@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from internlm_ds.layout.shards import bounds
 from internlm_ds.parallel.collectives import enter_region, gather_last_dim, leave_region, share
 from internlm_ds.parallel.context import Axis
+from internlm_ds.parallel.deferred import WeightGrads, linear
 
 
 class ColumnParallelLinear(nn.Module):
@@ -33,6 +33,9 @@ class ColumnParallelLinear(nn.Module):
     Raises:
         LayoutError: The outputs do not divide over the axis.
     """
+
+    # given by the engine when its schedule puts the gradients of weights off
+    weight_grads: WeightGrads | None = None
 
     def __init__(
         self,
@@ -64,7 +67,7 @@ class ColumnParallelLinear(nn.Module):
         x = x.to(self.weight.dtype)
         if self.enters:
             x = enter_region(x, self.tensor, sequence_parallel=self.sequence_parallel)
-        y = linear(x, scale_gradient(self.weight, self.weight_scale), self.bias)
+        y = linear(x, scale_gradient(self.weight, self.weight_scale), self.bias, self.weight_grads)
         return gather_last_dim(y, self.tensor, length=self.out_features) if self.gather_output else y
 
 
@@ -76,6 +79,9 @@ class RowParallelLinear(nn.Module):
     Raises:
         LayoutError: The inputs do not divide over the axis.
     """
+
+    # given by the engine when its schedule puts the gradients of weights off
+    weight_grads: WeightGrads | None = None
 
     def __init__(
         self,
@@ -96,7 +102,7 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # the bias joins before the sum because only one rank has it; its gradient is over all tokens, split or not
-        y = linear(x.to(self.weight.dtype), self.weight, self.bias)
+        y = linear(x.to(self.weight.dtype), self.weight, self.bias, self.weight_grads)
         return leave_region(y, self.tensor, sequence_parallel=self.sequence_parallel)
 
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from internlm_ds.arch.spec import LayerSpec, ModelArch
 from internlm_ds.config.schema import ModelConfig
 from internlm_ds.layout.ranks import Layout
+from internlm_ds.layout.shards import local_numel
 from internlm_ds.layout.stages import stage_layers
 
 Phase = Literal["always", "forward_backward", "reduce", "step"]
@@ -94,7 +95,8 @@ def stages(
     for stage, runs in enumerate(stage_layers(arch, layout)):
         start, stop = runs[0][0], runs[-1][1]
         layers = [layer for a, b in runs for layer in arch.layers[a:b]]
-        numel = sum(param.numel for layer in layers for param in layer.params) // layout.tensor
+        # tensor rank 0 has the most: the slices that are longer, and the biases that are added once
+        numel = sum(local_numel(param, size=layout.tensor) for layer in layers for param in layer.params)
         states, host_bytes = _states(layers, numel, model, layout, ds_config)
         components = (*states, *_activations(layers, arch, model, layout, stage, step))
         found.append(StageMemory(stage, (start, stop), numel, components, host_bytes))
@@ -121,7 +123,7 @@ def _states(
 ) -> tuple[list[Component], int]:
     b, g = BYTES[model.dtype], SUM_BYTES[ds_config["data_types"]["grad_accum_dtype"]]
     share = math.ceil(numel / layout.zero)
-    largest = max(param.numel for layer in layers for param in layer.params)
+    largest = max(local_numel(param, size=layout.tensor) for layer in layers for param in layer.params)
     components = [Component("weights", b * numel, "b·P"), Component("gradients", g * numel, "g·P")]
     if g != b:
         components.append(_unsummed_gradients(numel, largest, b, ds_config))

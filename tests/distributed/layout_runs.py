@@ -44,6 +44,7 @@ class Case:
         mode: `mtp`, or `msp` for sequence parallelism.
         model, own: More keys of the `model` and `internlm_ds` dicts.
         save_folder: Checkpoints are kept here, and a run resumes from the newest.
+        load: A folder of weights to start from.
     """
 
     layout: Layout = field(default_factory=Layout)
@@ -57,6 +58,7 @@ class Case:
     own: str = ""
     save_folder: str = ""
     save_every: int = 5
+    load: str = ""
 
     def write(self, folder: Path) -> str:
         """The configuration file; returns its path."""
@@ -64,9 +66,10 @@ class Case:
         saving = (
             f'enable_save_ckpt=True, save_ckpt_folder="local:{self.save_folder}", checkpoint_every={self.save_every}'
         )
+        loading = f'{NO_CKPT}, load_ckpt_info=dict(path="local:{self.load}", content=("model",), ckpt_type="internlm")'
         path = folder / f"{layout.pipe}-{layout.data}-{layout.tensor}-{self.mode}.py"
         text = CONFIG.format(
-            ckpt=saving if self.save_folder else NO_CKPT,
+            ckpt=saving if self.save_folder else loading if self.load else NO_CKPT,
             micro_num=MICRO_BATCHES // layout.data,
             layers=self.layers,
             vocab=self.vocab,
@@ -139,7 +142,7 @@ def train(context, path: str, case: Case, hook=None) -> RankResult:
     spec, engine, _ = build_engine(context, path)
     schedule, state, loader = LrSchedule.from_config(spec.config), TrainState(), FakeLoader()
     checkpoints = None
-    if case.save_folder:
+    if case.save_folder or case.load:
         checkpoints = RunCheckpoints(engine, loader, spec=spec, context=context, comm=ProcessComm())
         checkpoints.restore(state)
     first, before = state.step_count, pieces(engine)
@@ -231,3 +234,10 @@ def assert_close(found: list[float], expected: list[float], *, relative: float, 
     assert len(found) == len(expected), (len(found), len(expected))
     worst = max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
     assert worst <= relative, f"{what} differs by {worst:.2e} (relative), allowed {relative:.0e}: {found} {expected}"
+
+
+def accumulation_dtypes(engine) -> set[str]:
+    """Filled at each step with the dtypes that gradients are summed in."""
+    seen: set[str] = set()
+    engine.on_gradients = lambda e: seen.update(str(p._hp_grad.dtype) for p in e.module.parameters())
+    return seen

@@ -1,139 +1,48 @@
-"""The layouts of this version against one process: weights, losses, norms and the updated weights."""
+"""Pipeline stages and data-parallel ranks against one process: losses, norms and weights of ten clipped steps."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
+from layout_runs import Case, RankResult, accumulation_dtypes, assert_close, assert_follows, merged, train
 
 from internlm_ds.layout.ranks import Layout
 from internlm_ds.testing.ranks import run_ranks
 
 pytestmark = pytest.mark.timeout(240)
 
-CONFIG = """
-ckpt = dict(enable_save_ckpt=False, auto_resume=False)
-data = dict(seq_len=16, micro_num=4, micro_bsz=2, total_steps=10, skip_batches="", rampup_batch_size="",
-            pack_sample_into_one=False)
-grad_scaler = dict(fp16=dict(initial_scale=2**16, min_scale=1, growth_interval=1000), growth_factor=2,
-                   backoff_factor=0.5, max_scale=2**24, hysteresis=2)
-hybrid_zero_optimizer = dict(reduce_bucket_size=2**20, clip_grad_norm=0.5)
-loss = dict(label_smoothing=0.1)
-adam = dict(lr=1e-2, adam_beta1=0.9, adam_beta2=0.95, adam_beta2_c=0, adam_eps=1e-8, weight_decay=0.01)
-lr_scheduler = dict(total_steps=10, warmup_ratio=0.2, eta_min=1e-3)
-beta2_scheduler = dict(init_beta2=0.95, c=0)
-model = dict(num_layers=4, hidden_size=32, num_attention_heads=2, vocab_size=64, mlp_ratio=2, embed_split_hidden=True,
-             checkpoint={checkpoint}, dtype="torch.{dtype}")
-parallel = dict(zero1={zero1}, tensor=1, pipeline={pipe})
-"""
-STEPS = 3
-# (layout, recomputed fraction); gradients of data-parallel ranks are summed in another order than one process does
-LAYOUTS = [
-    (Layout(pipe=2), 0.0),
-    (Layout(pipe=4), 0.5),
-    (Layout(data=2, zero=2), 0.0),
-    (Layout(data=2, zero=1), 1.0),
-    (Layout(pipe=2, data=2, zero=2), 0.5),
-]
+DP4_ZERO2 = Layout(data=4, zero=2)
+EMBED = Case().model
+CASES = {
+    "dp2": Case(layout=Layout(data=2, zero=2)),
+    "dp2-zero1=1-recompute": Case(layout=Layout(data=2, zero=1), model=(*EMBED, ("checkpoint", 1.0))),
+    "dp4-zero1=2": Case(layout=DP4_ZERO2),
+    "pp2": Case(layout=Layout(pipe=2)),
+    "pp4-6-layers-recompute": Case(layout=Layout(pipe=4), layers=6, model=(*EMBED, ("checkpoint", 0.5))),
+    "pp2-dp2-recompute": Case(layout=Layout(pipe=2, data=2, zero=2), model=(*EMBED, ("checkpoint", 0.5))),
+}
 
 
-@pytest.fixture(scope="module")
-def single(tmp_path_factory) -> dict[str, list[dict]]:
-    """Weights before, losses, norms and weights after on one process, by dtype."""
-    folder = tmp_path_factory.mktemp("single")
-    return {
-        dtype: run_ranks(_train, Layout(), str(_config(folder, Layout(), dtype=dtype)), 1, timeout_s=100)
-        for dtype in ("float32", "bfloat16")
-    }
+@pytest.mark.parametrize("name", CASES)
+def test_layout_follows_one_process(name: str, single, tmp_path: Path):
+    case = CASES[name]
+    ranks = run_ranks(train, case.layout, case.write(tmp_path), case, timeout_s=200)
+    assert_follows(ranks, single(case), clip=case.clip)
 
 
-@pytest.mark.parametrize(("layout", "checkpoint"), LAYOUTS, ids=lambda v: str(v) if isinstance(v, float) else _name(v))
-def test_layout_equals_one_process(layout: Layout, checkpoint: float, single, tmp_path: Path):
-    path = _config(tmp_path, layout, checkpoint=checkpoint)
-    ranks = run_ranks(_train, layout, str(path), layout.data, timeout_s=150)
-    whole = single["float32"][0]
-    before, after = _merged(ranks, "before"), _merged(ranks, "after")
-    assert before.keys() == whole["before"].keys()
-    for name, weight in whole["before"].items():
-        assert before[name].equal(weight), f"initial {name}"
+@pytest.mark.parametrize("layout", [Layout(pipe=2), Layout(data=2, zero=1), DP4_ZERO2], ids=str)
+def test_bf16_layout_follows_one_process(layout: Layout, single, tmp_path: Path):
+    case = Case(layout=layout, dtype="bfloat16", steps=6)
+    ranks = run_ranks(_train_and_look, layout, case.write(tmp_path), case, timeout_s=200)
+    whole = single(replace(case, layout=Layout()))
     for rank in ranks:
-        assert [o[0] for o in rank["outcomes"]] == pytest.approx([o[0] for o in whole["outcomes"]], rel=2e-6)
-        assert [o[1] for o in rank["outcomes"]] == pytest.approx([o[1] for o in whole["outcomes"]], rel=2e-5)
-    for name, weight in whole["after"].items():
-        torch.testing.assert_close(after[name], weight, rtol=1e-4, atol=2e-5)
+        assert rank.extra == {"torch.float32"}, "gradients are summed in fp32"
+        assert_close(rank.losses, whole.losses, relative=2e-3, what="loss")
+        assert_close(rank.norms, whole.norms, relative=2e-2, what="norm")
+    merged(ranks, "after")  # replicas are equal bit for bit
 
 
-@pytest.mark.parametrize(
-    "layout", [Layout(pipe=2), Layout(data=2, zero=2), Layout(data=2, zero=1)], ids=lambda v: _name(v)
-)
-def test_bf16_layout_equals_one_process(layout: Layout, single, tmp_path: Path):
-    path = _config(tmp_path, layout, dtype="bfloat16")
-    ranks = run_ranks(_train, layout, str(path), layout.data, timeout_s=150)
-    whole = single["bfloat16"][0]
-    losses = [o[0] for o in ranks[0]["outcomes"]]
-    assert losses == pytest.approx([o[0] for o in whole["outcomes"]], rel=2e-3)
-    norms = [o[1] for o in ranks[0]["outcomes"]]
-    assert norms == pytest.approx([o[1] for o in whole["outcomes"]], rel=2e-2)
-
-
-def test_replicas_of_a_data_axis_are_equal(tmp_path: Path):
-    layout = Layout(data=4, zero=2)
-    ranks = run_ranks(_train, layout, str(_config(tmp_path, layout)), layout.data, timeout_s=200)
-    for rank in ranks[1:]:
-        for name, weight in ranks[0]["after"].items():
-            assert rank["after"][name].equal(weight), name
-
-
-def _name(layout: Layout) -> str:
-    return f"pipe{layout.pipe}-data{layout.data}-zero{layout.zero}"
-
-
-def _config(folder: Path, layout: Layout, *, checkpoint: float = 0.0, dtype: str = "float32") -> Path:
-    path = folder / f"{dtype}.py"
-    path.write_text(CONFIG.format(checkpoint=checkpoint, dtype=dtype, zero1=layout.zero, pipe=layout.pipe))
-    return path
-
-
-def _merged(ranks: list[dict], key: str) -> dict[str, torch.Tensor]:
-    return {name: weight for rank in ranks for name, weight in rank[key].items()}
-
-
-def _train(context, path: str, data_size: int) -> dict:
-    from internlm_ds.engine.build import build
-    from internlm_ds.optim.schedules import LrSchedule
-    from internlm_ds.runspec import resolve
-    from internlm_ds.train.assemble import layer_entries, stage_bounds
-    from internlm_ds.train.metrics import StageLoss
-    from internlm_ds.translate import translate
-
-    spec = resolve(path, world_size=context.layout.world_size)
-    loss = StageLoss(label_smoothing=0.1, dataset_types=(), context=context)
-    entries = layer_entries(spec, context, seed=7)
-    engine = build(
-        entries,
-        bounds=stage_bounds(spec, entries),
-        config=spec.config,
-        ds_config=translate(spec).ds_config,
-        context=context,
-        loss_fn=loss,
-    )
-    before = {name: param.detach().clone() for name, param in engine.logical_parameters()}
-    schedule = LrSchedule.from_config(spec.config)
-    outcomes = []
-    for step in range(STEPS):
-        engine.set_hyperparameters(lr=schedule.at(step), betas=(0.9, 0.95))
-        # the same 4 micro-batches, dealt out over the data axis: their mean is the same loss
-        mine = [_micro_batch(step, j) for j in range(4)][context.data.rank :: data_size]
-        outcome = engine.train_step(mine)
-        outcomes.append((outcome.loss, outcome.grad_norm))
-    after = {name: param.detach().clone() for name, param in engine.logical_parameters()}
-    return {"before": before, "after": after, "outcomes": outcomes}
-
-
-def _micro_batch(step: int, j: int):
-    generator = torch.Generator().manual_seed(100 * step + j)
-    tokens = torch.randint(1, 64, (33,), generator=generator)
-    borders = torch.full((33,), 32, dtype=torch.int32)
-    borders[:4] = torch.tensor([0, 5 + j, 16, 32], dtype=torch.int32)
-    return (tokens[:-1].clone(), borders), (tokens[1:].clone(), torch.zeros(32, dtype=torch.int64))
+def _train_and_look(context, path: str, case: Case) -> RankResult:
+    return train(context, path, case, hook=accumulation_dtypes)

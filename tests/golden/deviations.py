@@ -8,7 +8,7 @@ from __future__ import annotations
 
 
 def zero1_of_nought_means_all(case: dict) -> bool:
-    """"zero1 of 0 or less": ours is all of data parallel, the reference makes 0, and what is below -1, a 1."""
+    """ "zero1 of 0 or less": ours is all of data parallel, the reference makes 0, and what is below -1, a 1."""
     return case["zero1"] == 0 or case["zero1"] < -1
 
 

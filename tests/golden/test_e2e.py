@@ -33,6 +33,8 @@ EXACT = [
 ]
 METRIC_ABSOLUTE = 1.5e-4  # the reference rounds metrics to 4 decimals
 WEIGHT_SUM_SQ_RELATIVE = 1e-5
+# pipeline stages, tensor ranks, mode
+LAYOUTS = {"pp2": (2, 1, "mtp"), "tp2": (1, 2, "mtp"), "pp2-tp2-msp": (2, 2, "msp")}
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -50,22 +52,29 @@ def test_run_equals_reference(case: Path, tmp_path: Path):
     _compare(lines, expected)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("case", CASES, ids=lambda p: p.name)
-def test_two_stages_equal_reference(case: Path, tmp_path: Path):
-    expected = _expected(case)
+def test_other_layouts_equal_reference(case: Path, layout: str, tmp_path: Path):
+    expected, (stages, tensor, mode) = _expected(case), LAYOUTS[layout]
     model, parallel = expected["settings"]["model"], expected["settings"].get("parallel", {})
-    pipeline = parallel.get("pipeline", 1)
-    if model["num_layers"] < 2 or (pipeline if isinstance(pipeline, int) else pipeline.get("size", 1)) > 1:
-        pytest.skip("the case has one layer, or stages of its own")
-    saving = [
-        "parallel.pipeline=2",
+    if model["num_layers"] < stages or any(_size(parallel.get(axis, 1)) > 1 for axis in ("pipeline", "tensor")):
+        pytest.skip("the case has too few layers, or stages or tensor ranks of its own")
+    if model["num_attention_heads"] % tensor:
+        pytest.skip("the case's heads do not divide")
+    settings = [
+        f"parallel.pipeline={stages}",
+        f"parallel.tensor={{'size': {tensor}, 'mode': '{mode}'}}",
         "ckpt.enable_save_ckpt=True",
         f"ckpt.save_ckpt_folder='local:{tmp_path / 'saved'}'",
         "ckpt.checkpoint_every=float('inf')",
     ]
-    lines = _train(case, tmp_path, ranks=2 * expected["data_parallel_size"], overrides=saving)
+    lines = _train(case, tmp_path, ranks=stages * tensor * expected["data_parallel_size"], overrides=settings)
     _compare(lines, expected)
     _compare_weights(tmp_path / "saved" / str(expected["steps"][-1]["step_count"]), expected)
+
+
+def _size(value) -> int:
+    return value if isinstance(value, int) else value.get("size", 1)
 
 
 def _expected(case: Path) -> dict:

@@ -9,6 +9,7 @@ from internlm_ds.errors import ConfigError, LayoutError
 from internlm_ds.model.layers import LanguageModel, LayerEntry
 from internlm_ds.model.registry import build_registered, model_keywords
 from internlm_ds.parallel.context import Axis
+from internlm_ds.parallel.linear import ColumnParallelLinear
 from internlm_ds.registry import MODEL_INITIALIZER
 
 ONE = Axis.single("tensor")
@@ -75,6 +76,24 @@ def test_entries_are_named_by_prefix():
     model = LanguageModel(build_registered("TEST_ENTRIES", {"width": 2}, tensor=ONE, pipe_size=2, seed=1))
     assert [n for n, _ in model.named_logical_parameters()] == ["first.weight", "first.bias", "last.weight"]
     assert model(TOKENS, BORDERS).shape == (4, 5)
+
+
+@MODEL_INITIALIZER.register_module(module_name="TEST_SPLIT")
+def build_split(width, tensor, sequence_parallel=False):
+    assert sequence_parallel
+    return [LayerEntry("only", None, lambda recompute: ColumnParallelLinear(3, width, tensor=tensor))]
+
+
+def test_a_builder_with_a_tensor_parameter_gets_the_axis():
+    two = Axis("tensor", 2, 1)
+    (entry,) = build_registered("TEST_SPLIT", {"width": 4}, tensor=two, sequence_parallel=True, seed=1)
+    assert entry.build(False).weight.shape == (2, 3)
+
+
+def test_a_builder_without_one_is_not_split():
+    message = r"'TEST_ENTRIES' cannot be split over parallel.tensor = 2: its builder takes no parameter `tensor`"
+    with pytest.raises(LayoutError, match=message):
+        build_registered("TEST_ENTRIES", {"width": 2}, tensor=Axis("tensor", 2), seed=1)
 
 
 def test_wrong_results_and_keywords_are_errors():
