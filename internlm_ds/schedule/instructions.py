@@ -41,7 +41,7 @@ class Forward(Work):
 
 @dataclass(frozen=True)
 class Backward(Work):
-    """Compute the gradient of the chunk's input and of its parameters; of linear weights only if nothing defers them."""
+    """Compute the gradient of the chunk's input and of its parameters (linear weights only if nothing defers them)."""
 
 
 @dataclass(frozen=True)
