@@ -144,7 +144,10 @@ def _call(
     function: Any = _module(where[0], where[1])
     for name in where[2].split("."):
         function = getattr(function, name)
-    return function(make_context(layout, rank=rank, local_rank=rank), *args)
+    value = function(make_context(layout, rank=rank, local_rank=rank), *args)
+    # a rank that leaves early would break the connections that others still make; one that failed is reported before
+    dist.barrier()
+    return value
 
 
 def _module(path: str, name: str) -> ModuleType:
