@@ -25,7 +25,7 @@ from typing import Any
 from internlm_ds.layout.ranks import Layout
 
 # imported once, in the process that ranks are forked from: a rank then starts in a tenth of a second
-PRELOAD = ["torch", "torch.distributed", "numpy", "deepspeed"]
+PRELOAD = ["numpy", "torch.distributed", "torch._dynamo", "torch._inductor.compile_fx", "internlm_ds.train.assemble"]
 
 
 class RankError(AssertionError):
