@@ -116,8 +116,7 @@ def _lay_out(
     if tensor is not None:
         problems = [tensor, *(p for p in problems if p.key != "parallel.tensor")]
     paper = layout or Layout(pipe=max(1, config.parallel.pipeline.size), chunks=max(1, config.model.num_chunks))
-    problems += stages.check(config.model.num_layers, paper, line_of=line_of)
-    problems += _bounds_problem(config, paper, line_of=line_of)
+    problems += _stage_problems(config, paper, line_of=line_of)
     try:
         batch = BatchPlan.from_config(config.data, data_size=paper.data)
     except LayoutError as error:
@@ -149,12 +148,12 @@ def _tensor_problem(
     return Problem("parallel.tensor", message, tensor, line)
 
 
-def _bounds_problem(config: Config, layout: Layout, *, line_of: Callable[[str], int | None]) -> list[Problem]:
-    """`internlm_ds.pipeline_bounds`: one border more than stages, from 0 to the number of layers."""
+def _stage_problems(config: Config, layout: Layout, *, line_of: Callable[[str], int | None]) -> list[Problem]:
+    """What keeps the layers from being cut: `internlm_ds.pipeline_bounds` where it is given, else even division."""
     bounds, layers = config.internlm_ds.pipeline_bounds, config.model.num_layers
-    if bounds is None:
-        return []
     count = layout.pipe * layout.chunks
+    if bounds is None or count > layers:
+        return stages.check(layers, layout, line_of=line_of)
     if len(bounds) == count + 1 and bounds[-1] == layers:
         return []
     key = "internlm_ds.pipeline_bounds"

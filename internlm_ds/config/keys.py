@@ -323,7 +323,7 @@ OWN = Section(
     schema.OwnConfig,
     {
         "compile": _flag,
-        "pipeline_schedule": rules.choice("1f1b", "interleaved", "zero_bubble"),
+        "pipeline_schedule": rules.choice("1f1b", "zb-h1"),
         "pipeline_bounds": rules.optional(rules.bounds()),
         "data_weights": rules.optional(rules.mapping_of(_not_negative, '{"en": 1.0, "code": 0.5}')),
     },

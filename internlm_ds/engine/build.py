@@ -20,18 +20,21 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.utils import logger as deepspeed_logger
 
 from internlm_ds.config.schema import Config
+from internlm_ds.engine.channels import Channels
 from internlm_ds.engine.engine import Engine, ZeroGroups
 from internlm_ds.engine.module import StageModule
 from internlm_ds.layout.ranks import Layout
+from internlm_ds.layout.stages import StageBounds
 from internlm_ds.model.layers import LayerEntry
 from internlm_ds.optim.loss_scale import DynamicLossScale
 from internlm_ds.parallel.context import ParallelContext
+from internlm_ds.schedule.lists import Pipeline
 
 
 def build(
     entries: Sequence[LayerEntry],
     *,
-    bounds: Sequence[tuple[int, int]],
+    bounds: StageBounds,
     config: Config,
     ds_config: dict[str, Any],
     context: ParallelContext,
@@ -41,13 +44,14 @@ def build(
 
     Args:
         entries: All layers of the model.
-        bounds: Per stage, `(start, stop)` into `entries`.
+        bounds: `[stage][chunk] -> (start, stop)` into `entries`.
         config: Resolved configuration.
         ds_config: Its translation; DeepSpeed accepts it as it is.
         context: Where this process stands; its groups exist.
         loss_fn: `(outputs, labels) -> scalar` on the last stage.
     """
     adopt_process_groups()
+    pipeline = pipeline_of(config, context.layout)
     with quiet():
         module = StageModule(
             entries,
@@ -65,10 +69,24 @@ def build(
             config=ds_config,
             config_class=DeepSpeedConfig(ds_config, module.mpu()),
             zero_groups=zero_groups(context.layout, rank=context.rank),
+            pipeline=pipeline,
+            channels=Channels(context, ring=pipeline.chunks > 1) if pipeline.stages > 1 else None,
         )
     if config.model.dtype == "float16":
         engine.install_loss_scale(DynamicLossScale.from_config(config.grad_scaler))
     return engine
+
+
+def pipeline_of(config: Config, layout: Layout) -> Pipeline:
+    """How the stages of a configuration take turns. A single stage has nobody to take turns with, whatever is asked."""
+    if layout.pipe == 1:
+        return Pipeline()
+    return Pipeline(
+        stages=layout.pipe,
+        chunks=layout.chunks,
+        kind=config.internlm_ds.pipeline_schedule,
+        receive_ahead=config.parallel.pipeline.interleaved_overlap,
+    )
 
 
 def cpu_computes_fp16() -> bool:

@@ -1,8 +1,11 @@
-"""Our engine: DeepSpeed's `PipelineEngine`, for one stage too, with its known faults mended in one place.
+"""Our engine: DeepSpeed's `PipelineEngine`, for one stage too, with schedules of our own and its known faults mended.
 
-Mended here: evaluation that crashes after another batch (a total that is never reset), timers that start twice on all
-but the last stage, ZeRO-1 over a part of the data-parallel ranks, a loss scale by InternLM's rule. What the optimizer
-gets wrong is mended in `optimizer`.
+Its schedules know neither chunks nor zero bubbles, and its messages between neighbours wait for each other: the
+instructions come from `schedule` here and are carried out in `instructions`. What stays DeepSpeed's is everything
+around them: configuration, optimizer, reduction of gradients, the mean loss of a step.
+
+Mended here: ZeRO-1 over a part of the data-parallel ranks, a loss scale by InternLM's rule. What the optimizer gets
+wrong is mended in `optimizer`.
 """
 
 from __future__ import annotations
@@ -10,18 +13,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import deepspeed.runtime.engine as deepspeed_engine
 import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
-from deepspeed.runtime.pipe import schedule
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from internlm_ds.engine import sequence_gradients
+from internlm_ds.engine.channels import Channels
+from internlm_ds.engine.instructions import StageWorker
 from internlm_ds.engine.optimizer import InternlmLossScaler, Verdict, ZeroOptimizer
 from internlm_ds.optim.loss_scale import DynamicLossScale
+from internlm_ds.schedule.instructions import Instructions
+from internlm_ds.schedule.lists import Pipeline
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -65,10 +71,19 @@ class StepOutcome:
 
 
 class Engine(PipelineEngine):
-    """`PipelineEngine` with the mends above. Built by `engine.build`."""
+    """`PipelineEngine` with the changes above. Built by `engine.build`.
 
-    def __init__(self, *args: Any, zero_groups: ZeroGroups, **kwargs: Any):
-        self.zero_groups = zero_groups
+    Args:
+        zero_groups: Whom optimizer states are shared with.
+        pipeline: How stages take turns.
+        channels: To the neighbouring stages; None without any.
+        args, kwargs: `PipelineEngine`'s.
+    """
+
+    def __init__(
+        self, *args: Any, zero_groups: ZeroGroups, pipeline: Pipeline, channels: Channels | None, **kwargs: Any
+    ):
+        self.zero_groups, self.pipeline = zero_groups, pipeline
         # called with the engine between the last backward pass and the reduction of gradients
         self.on_gradients: Callable[[Engine], None] | None = None
         # seconds of the last step from its first micro-batch to the reduction of gradients
@@ -79,10 +94,7 @@ class Engine(PipelineEngine):
             self.optimizer.replica_group = zero_groups.replica
             self.optimizer.replica_size = zero_groups.replica_size
         self._sequence_parallel_parameters = sequence_gradients.split_parameters(self.module)
-        if not self.is_last_stage():
-            # these stages start the backward timers in a hook and never stop them: DeepSpeed's pipeline has its own
-            timers = self.engine_timers
-            timers.backward_timers, timers.backward_inner_timers, timers.backward_reduce_timers = [], [], []
+        self.worker = StageWorker(self, pipeline=pipeline, stage=self.stage_id, channels=channels)
 
     # ---- what the train loop calls -------------------------------------------------------------------------------
 
@@ -103,9 +115,7 @@ class Engine(PipelineEngine):
 
         Every rank calls it with the same number. The module is left in training mode.
         """
-        self.total_loss = None  # DeepSpeed adds evaluation to the last batch's total, whatever its shape
         loss = float(self.eval_batch(iter(micro_batches), num_micro_batches=len(micro_batches)))
-        self.total_loss = None
         self.module.train()
         return loss
 
@@ -135,6 +145,35 @@ class Engine(PipelineEngine):
         for param in self.module.parameters():
             yield param.logical_name, param
 
+    # ---- what DeepSpeed calls in train_batch and eval_batch ----------------------------------------------------------
+
+    def _train_schedule(self) -> Instructions:
+        return self._current_pipeline.training(self.stage_id, micro_batches=self.micro_batches)
+
+    def _inference_schedule(self, micro_batches: int) -> Instructions:
+        return self._current_pipeline.evaluation(self.stage_id, micro_batches=micro_batches)
+
+    @property
+    def _current_pipeline(self) -> Pipeline:
+        """The first batch tells shapes: nobody can be ready for a message before it knows how large it will be."""
+        return self.pipeline if self.worker.shapes_known else replace(self.pipeline, receive_ahead=False)
+
+    def _exec_schedule(self, pipe_schedule: Instructions) -> None:
+        """Carry out a batch's instructions; leaves what DeepSpeed makes the mean loss of."""
+        at_an_end = self.is_first_stage() or self.is_last_stage()
+        data = list(self.data_iterator) if at_an_end else []
+        self.fwd_outputs = self.worker.run(pipe_schedule, data, micro_batches=self.micro_batches)
+        if self.fwd_outputs:
+            self.total_loss = sum(self.fwd_outputs)
+
+    def _exec_reduce_grads(self) -> None:
+        self._gradients_ready = time.perf_counter()
+        if self._sequence_parallel_parameters:
+            sequence_gradients.sum_over_tensor_ranks(self, self._sequence_parallel_parameters)
+        if self.on_gradients is not None:
+            self.on_gradients(self)
+        super()._exec_reduce_grads()
+
     # ---- mends ----------------------------------------------------------------------------------------------------
 
     def _verdict(self) -> Verdict:
@@ -163,14 +202,3 @@ class Engine(PipelineEngine):
         finally:
             self.seq_data_parallel_group = full_group
             deepspeed_engine.DeepSpeedZeroOptimizer = their_class
-
-    def _exec_reduce_grads(self) -> None:
-        self._gradients_ready = time.perf_counter()
-        if self._sequence_parallel_parameters:
-            sequence_gradients.sum_over_tensor_ranks(self, self._sequence_parallel_parameters)
-        if self.on_gradients is not None:
-            self.on_gradients(self)
-        super()._exec_reduce_grads()
-
-    # the map holds functions, not names: an overridden method must be entered again
-    _INSTRUCTION_MAP = {**PipelineEngine._INSTRUCTION_MAP, schedule.ReduceGrads: _exec_reduce_grads}  # noqa: RUF012

@@ -1,11 +1,13 @@
-"""Which layers a pipeline stage holds: the uniform partition of InternLM, over blocks and over the whole layer list.
+"""Which layers a pipeline stage holds: the uniform partition of InternLM or borders that a user gives, over blocks and
+over the whole layer list.
 
 Ranks are `ranks`'; turning a stage's layers into modules is `engine`'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 from internlm_ds.arch.spec import ModelArch
 from internlm_ds.errors import LayoutError, Problem
@@ -44,27 +46,55 @@ def partition_uniform(num_layers: int, *, pipe: int, chunks: int = 1) -> list[li
     return parts
 
 
-def stage_layers(arch: ModelArch, layout: Layout) -> StageBounds:
+def partition_at(borders: Sequence[int], *, pipe: int, chunks: int = 1) -> list[list[tuple[int, int]]]:
+    """Bounds of the blocks of each stage where a user cuts them (`internlm_ds.pipeline_bounds`).
+
+    Args:
+        borders: `pipe * chunks + 1` rising numbers from 0 to the number of layers, in order of computation: all stages'
+            first chunks, then all stages' second chunks, ….
+    Returns:
+        `[stage][chunk] -> (start, stop)`, as `partition_uniform`.
+    Raises:
+        LayoutError: Too many borders or too few, or a chunk without a layer.
+
+    >>> partition_at([0, 1, 2, 4, 6], pipe=2, chunks=2)
+    [[(0, 1), (2, 4)], [(1, 2), (4, 6)]]
+    """
+    count = pipe * chunks
+    runs = list(pairwise(borders))
+    if len(runs) != count or borders[0] != 0 or any(start >= stop for start, stop in runs):
+        raise LayoutError(
+            f"{list(borders)} does not cut the layers into {count} runs for {pipe} stage(s) of {chunks} chunk(s): "
+            f"write {count + 1} rising numbers that start with 0"
+        )
+    return [[runs[chunk * pipe + stage] for chunk in range(chunks)] for stage in range(pipe)]
+
+
+def stage_layers(arch: ModelArch, layout: Layout, *, borders: Sequence[int] | None = None) -> StageBounds:
     """Bounds of each stage over `arch.layers` (embedding, blocks, norm, head), one `(start, stop)` per chunk.
 
-    Blocks are divided by `partition_uniform`; what comes before the first block goes with it, what comes after the last
-    block with that one.
+    Blocks are divided by `partition_at` where borders are given, else by `partition_uniform`; what comes before the
+    first block goes with it, what comes after the last block with that one.
 
     Returns:
         `[stage][chunk] -> (start, stop)`; together the bounds cover every layer once.
     Raises:
-        LayoutError: As `partition_uniform`.
+        LayoutError: As `partition_at` and `partition_uniform`.
     """
     blocks = [index for index, layer in enumerate(arch.layers) if layer.kind == "block"]
     first, count, total = blocks[0], len(blocks), len(arch.layers)
+    if borders is None:
+        parts = partition_uniform(count, pipe=layout.pipe, chunks=layout.chunks)
+    else:
+        parts = partition_at(borders, pipe=layout.pipe, chunks=layout.chunks)
     return tuple(
         tuple((0 if start == 0 else start + first, total if stop == count else stop + first) for start, stop in stage)
-        for stage in partition_uniform(count, pipe=layout.pipe, chunks=layout.chunks)
+        for stage in parts
     )
 
 
 def check(num_layers: int, layout: Layout, *, line_of: Callable[[str], int | None]) -> list[Problem]:
-    """What keeps so many layers from being divided over the stages of a layout."""
+    """What keeps so many layers from being divided evenly over the stages of a layout."""
     if layout.chunks > 1 and num_layers % layout.chunks:
         message = (
             f"must divide model.num_layers = {num_layers}; "

@@ -26,7 +26,7 @@ from internlm_ds.data.loader import TrainLoader, ValidationLoader, build_train_l
 from internlm_ds.engine.build import build, cpu_computes_fp16
 from internlm_ds.engine.engine import Engine
 from internlm_ds.errors import CheckpointError, InternlmDsError, MachineError, Problem
-from internlm_ds.layout.stages import partition_uniform, stage_layers
+from internlm_ds.layout.stages import StageBounds, partition_uniform, stage_layers
 from internlm_ds.model.layers import LayerEntry, build_layers
 from internlm_ds.model.registry import build_registered, model_keywords
 from internlm_ds.monitor import log
@@ -255,12 +255,13 @@ def split_vocabulary(config: Config) -> int | None:
     return config.model.vocab_size if config.model.parallel_output else None
 
 
-def stage_bounds(spec: RunSpec, entries: Sequence[LayerEntry]) -> list[tuple[int, int]]:
-    """`(start, stop)` into the layer list for each stage."""
+def stage_bounds(spec: RunSpec, entries: Sequence[LayerEntry]) -> StageBounds:
+    """`[stage][chunk] -> (start, stop)` into the layer list."""
+    layout = spec.layout
     if spec.arch is not None:
-        return [chunks[0] for chunks in stage_layers(spec.arch, spec.layout)]
+        return stage_layers(spec.arch, layout, borders=spec.config.internlm_ds.pipeline_bounds)
     # a registered model without a blueprint: its entries are divided evenly
-    return [chunks[0] for chunks in partition_uniform(len(entries), pipe=spec.layout.pipe)]
+    return tuple(map(tuple, partition_uniform(len(entries), pipe=layout.pipe, chunks=layout.chunks)))
 
 
 def set_global_state(config: Config, *, seed: int) -> None:

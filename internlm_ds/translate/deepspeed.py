@@ -170,5 +170,5 @@ def largest_stage_numel(spec: RunSpec) -> int:
     layers = spec.arch.layers
     return max(
         sum(param.numel for start, stop in stage for layer in layers[start:stop] for param in layer.params)
-        for stage in stage_layers(spec.arch, spec.layout)
+        for stage in stage_layers(spec.arch, spec.layout, borders=spec.config.internlm_ds.pipeline_bounds)
     )

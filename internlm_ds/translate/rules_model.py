@@ -201,12 +201,44 @@ def _sequence_parallel(leaf: Leaf, facts: Facts) -> Verdict:
 
 
 def _pipeline(leaf: Leaf, facts: Facts) -> Verdict:
-    stages = facts.spec.layout.pipe
-    return native(f"DeepSpeed's pipeline engine over {stages} stage{'s' * (stages > 1)}, bounds as InternLM's")
+    stages, cut = facts.spec.layout.pipe, facts.config.internlm_ds.pipeline_bounds
+    borders = "bounds as InternLM's" if cut is None else "bounds as internlm_ds.pipeline_bounds says"
+    return native(f"DeepSpeed's pipeline engine with our schedule, {stages} stage{'s' * (stages > 1)}, {borders}")
+
+
+def _num_chunks(leaf: Leaf, facts: Facts) -> Verdict:
+    if leaf.value == 1:
+        return no_effect("one chunk per stage")
+    if facts.spec.layout.pipe == 1:
+        return no_effect("a single stage computes its chunks one after the other")
+    return native(f"{leaf.value} runs of layers per stage, cut as InternLM cuts them; our interleaved 1F1B schedule")
 
 
 def _interleaved(leaf: Leaf, facts: Facts) -> Verdict:
-    return no_effect("it overlaps the messages of several chunks per stage; there is one (model.num_chunks = 1)")
+    if facts.spec.layout.pipe == 1 or facts.spec.layout.chunks == 1:
+        return no_effect("it overlaps the messages of several chunks per stage; there is one stage or one chunk")
+    if not leaf.value:
+        return native("a message is received when it is needed")
+    return native("each receive is posted one forward or backward pass before the one that needs it")
+
+
+def _pipeline_schedule(leaf: Leaf, facts: Facts) -> Verdict:
+    layout = facts.spec.layout
+    if layout.pipe == 1:
+        return no_effect("a single stage waits for nobody")
+    if leaf.value == "zb-h1" and layout.chunks > 1:
+        return refused(f'zb-h1 is for one chunk per stage, not model.num_chunks = {layout.chunks}; write "1f1b"')
+    if leaf.value == "zb-h1":
+        return native("our ZB-H1: the gradients of linear weights fill the gaps of 1F1B")
+    return native("our interleaved 1F1B" if layout.chunks > 1 else "our 1F1B")
+
+
+def _pipeline_bounds(leaf: Leaf, facts: Facts) -> Verdict:
+    if leaf.value is None:
+        return no_effect("stages are cut as InternLM cuts them")
+    if facts.spec.arch is None:
+        return refused("the layers of a registered model type are divided evenly over the stages; remove it")
+    return native("stages are cut at these blocks")
 
 
 # ---- the two dicts a user may add -----------------------------------------------------------------
@@ -222,11 +254,7 @@ RULES: dict[str, Rule] = {
     "model.checkpoint": _recompute,
     "model.use_flash_attn": _flash,
     "model.parallel_output": _parallel_output,
-    "model.num_chunks": neutral(
-        1,
-        off="one chunk per stage",
-        on=refused("the interleaved schedule is not built in this version; write 1"),
-    ),
+    "model.num_chunks": _num_chunks,
     "model.apply_post_layer_norm": neutral(
         False,
         off="norms come before attention and MLP",
@@ -275,17 +303,11 @@ RULES: dict[str, Rule] = {
     "internlm_ds.compile": neutral(
         False, off="not compiled", on=refused("torch.compile is not built in this version; write False")
     ),
-    "internlm_ds.pipeline_schedule": neutral(
-        "1f1b", off="DeepSpeed's 1F1B", on=refused('other schedules are not built in this version; write "1f1b"')
-    ),
+    "internlm_ds.pipeline_schedule": _pipeline_schedule,
     "internlm_ds.data_weights": neutral(
         None,
         off="data types are mixed as they lie in data.train_folder",
         on=refused("weighted data types are not built in this version; remove it"),
     ),
-    "internlm_ds.pipeline_bounds": neutral(
-        None,
-        off="stages are cut as InternLM cuts them",
-        on=refused("own bounds are not built in this version; remove it"),
-    ),
+    "internlm_ds.pipeline_bounds": _pipeline_bounds,
 }

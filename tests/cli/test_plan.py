@@ -41,9 +41,9 @@ def test_overrides_and_overlays_count() -> None:
 
 
 def test_what_cannot_be_translated_has_no_plan() -> None:
-    done = run_plan("model_configs/7b.py", "--world-size", 8, "--set", "model.num_chunks=2")
+    done = run_plan("model_configs/7b.py", "--world-size", 8, "--set", "internlm_ds.compile=True")
     assert done.returncode == 2 and done.stdout == ""
-    assert "TranslationError: 1 problem" in done.stderr and "interleaved" in done.stderr
+    assert "TranslationError: 1 problem" in done.stderr and "torch.compile" in done.stderr
 
 
 def test_what_does_not_divide_has_no_plan() -> None:

@@ -158,7 +158,7 @@ SINGLE = [
     ("deepspeed = dict(a=dict(b=print))", "deepspeed.a.b = <print>: is a print; a configuration holds numbers, "
      "strings, lists and dicts only"),
     ("internlm_ds = dict(pipeline_schedule='gpipe')",
-     "internlm_ds.pipeline_schedule = 'gpipe': must be one of '1f1b', 'interleaved', 'zero_bubble'"),
+     "internlm_ds.pipeline_schedule = 'gpipe': must be one of '1f1b', 'zb-h1'"),
     ("internlm_ds = dict(pipeline_bounds=[0, 3, 2])",
      "internlm_ds.pipeline_bounds = [0, 3, 2]: must be None or a list of rising integers that starts with 0, e.g. "
      "[0, 16, 32]"),

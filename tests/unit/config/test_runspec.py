@@ -84,12 +84,22 @@ def test_possible_tensor_sizes_leave_room_for_the_pipeline(write: Write) -> None
         (["internlm_ds.pipeline_bounds=[0, 3]", "parallel.pipeline=2"], 2,
          "internlm_ds.pipeline_bounds = [0, 3]: needs 3 borders from 0 to model.num_layers = 4 for 2 stage(s), "
          "e.g. [0, 2, 4] (given with --set)"),
+        (["internlm_ds.pipeline_bounds=[0, 2, 4]", "parallel.pipeline=2", "model.num_chunks=2"], 2,
+         "internlm_ds.pipeline_bounds = [0, 2, 4]: needs 5 borders from 0 to model.num_layers = 4 for 4 stage(s)"),
+        (["internlm_ds.pipeline_bounds=[0, 4]", "parallel.pipeline=8"], 8,
+         "parallel.pipeline = 8: must be at most model.num_layers = 4"),
         (["parallel.tensor=1"], 0, "world size = 0: "),
     ],
 )  # fmt: skip
 def test_what_does_not_divide(write: Write, override: list[str], world: int, expected: str) -> None:
     (found,) = refusals(write(), world, *override)
     assert found.startswith(expected)
+
+
+def test_borders_of_ones_own_need_not_be_even(write: Write) -> None:
+    chunks = ("model.num_layers=5", "model.num_chunks=2", "parallel.pipeline=2", "data.micro_num=2")
+    assert resolve(write(), overrides=[*chunks, "internlm_ds.pipeline_bounds=[0, 1, 2, 3, 5]"], world_size=2)
+    assert refusals(write(), 2, *chunks)[0].startswith("model.num_chunks = 2: must divide model.num_layers = 5")
 
 
 def test_problems_of_all_rooms_come_together(write: Write) -> None:

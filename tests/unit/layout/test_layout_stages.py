@@ -10,7 +10,7 @@ from internlm_ds.arch import internlm
 from internlm_ds.config.schema import ModelConfig
 from internlm_ds.errors import LayoutError
 from internlm_ds.layout.ranks import Layout
-from internlm_ds.layout.stages import check, partition_uniform, stage_layers
+from internlm_ds.layout.stages import check, partition_at, partition_uniform, stage_layers
 
 
 @given(st.integers(1, 6), st.integers(1, 4), st.integers(0, 30))
@@ -45,6 +45,26 @@ def test_stage_layers_put_embedding_first_and_head_last():
 
 def test_stage_layers_with_chunks():
     assert stage_layers(_arch(4), Layout(pipe=2, chunks=2)) == (((0, 2), (3, 4)), ((2, 3), (4, 7)))
+
+
+def test_stage_layers_at_the_users_borders():
+    assert stage_layers(_arch(4), Layout(pipe=2), borders=(0, 1, 4)) == (((0, 2),), ((2, 7),))
+    chunked = stage_layers(_arch(6), Layout(pipe=2, chunks=2), borders=(0, 1, 2, 5, 6))
+    assert chunked == (((0, 2), (3, 6)), ((2, 3), (6, 9)))
+
+
+@given(st.integers(1, 6), st.integers(1, 4), st.integers(0, 30))
+def test_even_borders_are_the_uniform_partition(pipe, chunks, more):
+    parts = partition_uniform(chunks * (pipe + more), pipe=pipe, chunks=chunks)
+    borders = [0, *(stage[chunk][1] for chunk in range(chunks) for stage in parts)]
+    assert partition_at(borders, pipe=pipe, chunks=chunks) == parts
+
+
+@pytest.mark.parametrize("borders", [(0, 4), (0, 1, 2, 4), (0, 0, 4), (1, 2, 4), (0, 3, 2)])
+def test_borders_that_do_not_cut(borders):
+    message = r"does not cut the layers into 2 runs for 2 stage\(s\) of 1 chunk\(s\): write 3 rising numbers"
+    with pytest.raises(LayoutError, match=message):
+        partition_at(borders, pipe=2)
 
 
 @given(st.integers(1, 4), st.integers(1, 3), st.integers(0, 5))

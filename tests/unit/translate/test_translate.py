@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -72,8 +73,6 @@ def test_targets_exist_in_the_json(spec_of: SpecOf) -> None:
 
 
 def test_a_key_nobody_knows_is_refused_rather_than_dropped(spec_of: SpecOf) -> None:
-    from dataclasses import replace
-
     spec = spec_of()
     spec = replace(spec, leaves=(*spec.leaves, Leaf("data.future.key", 1, "file", 3), Leaf("future", 1, "file", 4)))
     assert "does not know what to do with it" in refusal(spec, "future")
@@ -278,13 +277,10 @@ def test_flash_attention_in_fp32_stays_fp32(spec_of: SpecOf) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("model.num_chunks", "2", "interleaved schedule"),
         ("model.apply_post_layer_norm", "True", "InternLM v1 has no such block"),
         ("model.is_reward", "True", "reward models"),
         ("parallel.zero1", "{'size': -1, 'fsdp': True}", "fsdp"),
         ("internlm_ds.compile", "True", "torch.compile"),
-        ("internlm_ds.pipeline_schedule", "zero_bubble", "1f1b"),
-        ("internlm_ds.pipeline_bounds", "[0, 2]", "own bounds"),
         ("lr_scheduler.last_epoch", "3", "last_epoch=-1"),
     ],
 )
@@ -323,6 +319,54 @@ def test_neutral_modes_have_no_effect(spec_of: SpecOf) -> None:
     assert note_of(spec, "parallel.tensor.mode").fidelity == "no_effect"
 
 
+@pytest.mark.parametrize(
+    ("key", "overrides", "fidelity", "words"),
+    [
+        ("model.num_chunks", ["model.num_chunks=2"], "native", "2 runs of layers per stage"),
+        ("model.num_chunks", ["model.num_chunks=1"], "no_effect", "one chunk per stage"),
+        ("parallel.pipeline.interleaved_overlap", ["model.num_chunks=2"], "native", "one forward or backward pass"),
+        ("parallel.pipeline.interleaved_overlap", ["model.num_chunks=1"], "no_effect", "one stage or one chunk"),
+        ("internlm_ds.pipeline_schedule", ["internlm_ds.pipeline_schedule=1f1b"], "native", "our 1F1B"),
+        (
+            "internlm_ds.pipeline_schedule",
+            ["internlm_ds.pipeline_schedule=1f1b", "model.num_chunks=2"],
+            "native",
+            "interleaved",
+        ),
+        ("internlm_ds.pipeline_schedule", ["internlm_ds.pipeline_schedule=zb-h1"], "native", "fill the gaps"),
+        ("internlm_ds.pipeline_bounds", ["internlm_ds.pipeline_bounds=[0, 1, 4]"], "native", "cut at these blocks"),
+        ("internlm_ds.pipeline_bounds", ["internlm_ds.pipeline_bounds=None"], "no_effect", "as InternLM cuts them"),
+    ],
+)
+def test_two_stages_run_our_schedules(
+    spec_of: SpecOf, key: str, overrides: list[str], fidelity: str, words: str
+) -> None:
+    pipeline = "parallel.pipeline={'size': 2, 'interleaved_overlap': True}"
+    found = note_of(spec_of("model.num_layers=4", pipeline, *overrides, world_size=2), key)
+    assert found.fidelity == fidelity and words in found.reason
+
+
+def test_one_stage_needs_no_schedule(spec_of: SpecOf) -> None:
+    spec = spec_of("model.num_layers=4", "model.num_chunks=2", "internlm_ds.pipeline_schedule=zb-h1")
+    for key in ("model.num_chunks", "internlm_ds.pipeline_schedule"):
+        found = note_of(spec, key)
+        assert found.fidelity == "no_effect" and found.reason.startswith("a single stage")
+
+
+def test_borders_need_a_blueprint(spec_of: SpecOf) -> None:
+    spec = spec_of("model.num_layers=4", "internlm_ds.pipeline_bounds=[0, 1, 4]", "parallel.pipeline=2", world_size=2)
+    assert refusal(replace(spec, arch=None), "internlm_ds.pipeline_bounds") == (
+        "the layers of a registered model type are divided evenly over the stages; remove it"
+    )
+
+
+def test_zero_bubble_is_for_one_chunk(spec_of: SpecOf) -> None:
+    asked = ("model.num_layers=4", "model.num_chunks=2", "internlm_ds.pipeline_schedule=zb-h1", "parallel.pipeline=2")
+    assert refusal(spec_of(*asked, world_size=2), "internlm_ds.pipeline_schedule") == (
+        'zb-h1 is for one chunk per stage, not model.num_chunks = 2; write "1f1b"'
+    )
+
+
 @pytest.mark.parametrize("family", ["INTERNLM2_PUBLIC", "LLAMA2"])
 def test_families_of_later_versions_are_refused(spec_of: SpecOf, family: str) -> None:
     assert "INTERNLM is" in refusal(spec_of(f"model_type={family}"), "model_type")
@@ -336,11 +380,11 @@ def test_fp32_parts_of_a_half_precision_model(spec_of: SpecOf) -> None:
 
 
 def test_all_refusals_come_together_with_their_lines(spec_of: SpecOf) -> None:
-    spec = spec_of("model.num_chunks=2", "internlm_ds.compile=True", 'deepspeed={"gradient_clippin": 1}')
+    spec = spec_of("model.is_reward=True", "internlm_ds.compile=True", 'deepspeed={"gradient_clippin": 1}')
     with pytest.raises(TranslationError) as error:
         translate(spec)
     assert {problem.key for problem in error.value.problems} == {
-        "model.num_chunks",
+        "model.is_reward",
         "internlm_ds.compile",
         "deepspeed.gradient_clippin",
     }
