@@ -12,7 +12,9 @@ from internlm_ds.cli.convert_config import add_run_arguments, world_size
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", metavar="CONFIG", help="an InternLM Python configuration")
     add_run_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="the plan as JSON")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="the plan as JSON")
+    output.add_argument("--timeline", action="store_true", help="draw the pipeline's step below the plan")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -28,4 +30,6 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.write(json.dumps(plan.as_json(found), indent=2, allow_nan=False) + "\n")
     else:
         sys.stdout.write(plan.render(found))
+        if args.timeline:
+            sys.stdout.write("\n" + plan.render_timeline(spec))
     return 0

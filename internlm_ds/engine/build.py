@@ -51,7 +51,7 @@ def build(
         loss_fn: `(outputs, labels) -> scalar` on the last stage.
     """
     adopt_process_groups()
-    pipeline = pipeline_of(config, context.layout)
+    pipeline = Pipeline.from_config(config, context.layout)
     with quiet():
         module = StageModule(
             entries,
@@ -75,18 +75,6 @@ def build(
     if config.model.dtype == "float16":
         engine.install_loss_scale(DynamicLossScale.from_config(config.grad_scaler))
     return engine
-
-
-def pipeline_of(config: Config, layout: Layout) -> Pipeline:
-    """How the stages of a configuration take turns. A single stage has nobody to take turns with, whatever is asked."""
-    if layout.pipe == 1:
-        return Pipeline()
-    return Pipeline(
-        stages=layout.pipe,
-        chunks=layout.chunks,
-        kind=config.internlm_ds.pipeline_schedule,
-        receive_ahead=config.parallel.pipeline.interleaved_overlap,
-    )
 
 
 def cpu_computes_fp16() -> bool:

@@ -36,6 +36,7 @@ from internlm_ds.schedule.lists import Pipeline
 
 if TYPE_CHECKING:
     from internlm_ds.engine.engine import Engine
+    from internlm_ds.engine.module import StageModule
 
 Place = tuple[int, int]  # (micro-batch, chunk)
 
@@ -225,12 +226,16 @@ def _on_device(value: Any, device: torch.device) -> Value:
     return tuple(tensor.to(device) for tensor in value)
 
 
-def _put_off_weights(module: torch.nn.Module) -> WeightGrads:
-    """Let the module's linear layers leave their weight gradients to `WeightGrad`."""
+def _put_off_weights(module: StageModule) -> WeightGrads:
+    """Let the linear layers of blocks leave their weight gradients to `WeightGrad`.
+
+    The head, which is a linear layer itself, does not: to wait it would keep gradients as wide as the vocabulary.
+    """
     weight_grads = WeightGrads()
-    for layer in module.modules():
-        if hasattr(layer, "weight_grads"):
-            layer.weight_grads = weight_grads
+    for entry in module.forward_funcs:
+        for layer in entry.modules():
+            if layer is not entry and hasattr(layer, "weight_grads"):
+                layer.weight_grads = weight_grads
     return weight_grads
 
 

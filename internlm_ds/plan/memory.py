@@ -11,8 +11,9 @@ on this rank, z ranks that share optimizer states; b bytes of the model's dtype,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal
 
 from internlm_ds.arch.spec import LayerSpec, ModelArch
@@ -20,6 +21,7 @@ from internlm_ds.config.schema import ModelConfig
 from internlm_ds.layout.ranks import Layout
 from internlm_ds.layout.shards import local_numel
 from internlm_ds.layout.stages import stage_layers
+from internlm_ds.schedule.lists import Pipeline
 
 Phase = Literal["always", "forward_backward", "reduce", "step"]
 PHASES: tuple[Phase, ...] = ("forward_backward", "reduce", "step")
@@ -30,8 +32,8 @@ SUM_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 DEVICE_OVERHEAD_BYTES = 1_500_000_000
 # DeepSpeed's BF16_Optimizer reduces through flattened copies of about this many elements
 BF16_FLATTEN_NUMEL = 500_000_000
-# receive buffers of the pipeline engine: never fewer than two
-SMALLEST_BUFFER_COUNT = 2
+# pipeline messages that exist at a time: an activation and a gradient that come, and one each that go
+MESSAGES_AT_A_TIME = 4
 
 
 @dataclass(frozen=True)
@@ -88,17 +90,30 @@ class Step:
 
 
 def stages(
-    arch: ModelArch, model: ModelConfig, layout: Layout, *, step: Step, ds_config: Mapping[str, Any]
+    arch: ModelArch,
+    model: ModelConfig,
+    layout: Layout,
+    *,
+    step: Step,
+    ds_config: Mapping[str, Any],
+    borders: Sequence[int] | None = None,
+    kind: str = "1f1b",
 ) -> tuple[StageMemory, ...]:
-    """Memory of every pipeline stage."""
+    """Memory of every pipeline stage.
+
+    Args:
+        borders: Where a user cuts the stages; evenly without.
+        kind: Of the pipeline's schedule.
+    """
     found = []
-    for stage, runs in enumerate(stage_layers(arch, layout)):
+    schedule = Pipeline(layout.pipe, layout.chunks if layout.pipe > 1 else 1, kind if layout.pipe > 1 else "1f1b")
+    for stage, runs in enumerate(stage_layers(arch, layout, borders=borders)):
         start, stop = runs[0][0], runs[-1][1]
         layers = [layer for a, b in runs for layer in arch.layers[a:b]]
         # tensor rank 0 has the most: the slices that are longer, and the biases that are added once
         numel = sum(local_numel(param, size=layout.tensor) for layer in layers for param in layer.params)
         states, host_bytes = _states(layers, numel, model, layout, ds_config)
-        components = (*states, *_activations(layers, arch, model, layout, stage, step))
+        components = (*states, *_activations(runs, arch, model, schedule, stage, step))
         found.append(StageMemory(stage, (start, stop), numel, components, host_bytes))
     return tuple(found)
 
@@ -163,28 +178,43 @@ def _unsummed_gradients(numel: int, largest: int, b: int, ds_config: Mapping[str
 
 
 def _activations(
-    layers: list[LayerSpec], arch: ModelArch, model: ModelConfig, layout: Layout, stage: int, step: Step
+    runs: Sequence[tuple[int, int]], arch: ModelArch, model: ModelConfig, schedule: Pipeline, stage: int, step: Step
 ) -> list[Component]:
     b, T, H = BYTES[model.dtype], step.tokens, arch.hidden_size
-    in_flight = min(layout.pipe - stage, step.micro_num)
-    blocks = sum(layer.kind == "block" for layer in layers)
-    recomputed = int(blocks * model.checkpoint)
+    # several chunks: a micro-batch under way in one of them keeps that share of the stage's activations
+    in_flight = Fraction(schedule.peak_in_flight(stage, micro_batches=step.micro_num), schedule.chunks)
+    layers = [layer for start, stop in runs for layer in arch.layers[start:stop]]
+    blocks_of = [sum(layer.kind == "block" for layer in arch.layers[start:stop]) for start, stop in runs]
+    blocks, recomputed = sum(blocks_of), sum(int(count * model.checkpoint) for count in blocks_of)
     kept, whole = b * T * H, block_bytes(arch, model, tokens=T)
     # every number of micro-batches under way at once multiplies what is kept, not the work area of the one that runs
-    many = f"{in_flight}·" if in_flight > 1 else ""
+    many = f"{in_flight}·" if in_flight != 1 else ""
     found = []
     if blocks - recomputed:
-        nbytes = in_flight * (blocks - recomputed) * whole
+        nbytes = math.ceil(in_flight * (blocks - recomputed) * whole)
         formula = f"{many}{blocks - recomputed}·{block_formula(model)}"
         found.append(Component("activations of blocks", nbytes, formula, "forward_backward"))
     if recomputed:
-        nbytes, formula = in_flight * recomputed * kept, f"{many}{recomputed}·b·T·H"
+        nbytes, formula = math.ceil(in_flight * recomputed * kept), f"{many}{recomputed}·b·T·H"
         found.append(Component("inputs of recomputed blocks", nbytes, formula, "forward_backward"))
     found.append(_work(arch, model, layers, tokens=T, recomputes=recomputed > 0))
-    if layout.pipe > 1:
-        buffers = max(SMALLEST_BUFFER_COUNT, in_flight)
-        found.append(Component("pipeline messages", 2 * buffers * kept, f"2·{buffers}·b·T·H", "forward_backward"))
+    if schedule.kind == "zb-h1" and stage:
+        found.append(_put_off(arch, model, tokens=T, blocks=blocks, waiting=min(stage, step.micro_num)))
+    if schedule.stages > 1:
+        nbytes, formula = MESSAGES_AT_A_TIME * kept, f"{MESSAGES_AT_A_TIME}·b·T·H"
+        found.append(Component("pipeline messages", nbytes, formula, "forward_backward"))
     return [*found, Component("CUDA, cuBLAS, NCCL", DEVICE_OVERHEAD_BYTES, "assumed")]
+
+
+def _put_off(arch: ModelArch, model: ModelConfig, *, tokens: int, blocks: int, waiting: int) -> Component:
+    """What waits for a weight pass: inputs of the blocks' linear layers, and gradients of their outputs.
+
+    Inputs: H each of attention, its output and the MLP, F of the MLP's end. Gradients: 3H of q k v, H of each end, F of
+    each of the MLP's wide products.
+    """
+    wide = 3 if model.use_swiglu else 2
+    nbytes = waiting * blocks * BYTES[model.dtype] * tokens * (8 * arch.hidden_size + wide * arch.mlp_hidden_size)
+    return Component("put-off weight gradients", nbytes, f"{waiting}·{blocks}·b·T·(8H + {wide}F)", "forward_backward")
 
 
 def _work(arch: ModelArch, model: ModelConfig, layers: list[LayerSpec], *, tokens: int, recomputes: bool) -> Component:

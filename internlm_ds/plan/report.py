@@ -106,7 +106,18 @@ def stage_memory(
     if spec.arch is None:
         return ()
     step = memory.Step(config.data.micro_bsz * config.data.seq_len, config.data.micro_num)
-    return memory.stages(spec.arch, config.model, layout or spec.layout, step=step, ds_config=ds_config)
+    layout, own = layout or spec.layout, config.internlm_ds
+    # the user's borders are for the layout of the file
+    fits = own.pipeline_bounds is not None and len(own.pipeline_bounds) == layout.pipe * layout.chunks + 1
+    return memory.stages(
+        spec.arch,
+        config.model,
+        layout,
+        step=step,
+        ds_config=ds_config,
+        borders=own.pipeline_bounds if fits else None,
+        kind=own.pipeline_schedule,
+    )
 
 
 def _model(config: Config, translation: Translation) -> dict[str, Any]:

@@ -10,8 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
+from internlm_ds.config.schema import Config
 from internlm_ds.errors import LayoutError
+from internlm_ds.layout.ranks import Layout
 from internlm_ds.schedule import orders
 from internlm_ds.schedule.instructions import (
     Backward,
@@ -56,6 +59,18 @@ class Pipeline:
         if self.kind != "1f1b" and self.chunks > 1:
             raise LayoutError(f"{self.kind} is for one chunk per stage, not {self.chunks}; use 1f1b, or one chunk")
 
+    @classmethod
+    def from_config(cls, config: Config, layout: Layout) -> Pipeline:
+        """How a configuration's stages take turns. A single stage has nobody to take turns with, whatever is asked."""
+        if layout.pipe == 1:
+            return cls()
+        return cls(
+            stages=layout.pipe,
+            chunks=layout.chunks,
+            kind=config.internlm_ds.pipeline_schedule,
+            receive_ahead=config.parallel.pipeline.interleaved_overlap,
+        )
+
     def training(self, stage: int, *, micro_batches: int) -> Instructions:
         """What a stage does in one step.
 
@@ -71,6 +86,15 @@ class Pipeline:
     def num_messages(self, micro_batches: int) -> int:
         """Activations that all stages together send in a step; as many gradients come back in training."""
         return micro_batches * (self.stages * self.chunks - 1)
+
+    def peak_in_flight(self, stage: int, *, micro_batches: int) -> int:
+        """Most (micro-batch, chunk) pairs that a stage has forward and not yet backward: its activations in memory.
+
+        >>> [Pipeline(stages=4).peak_in_flight(stage, micro_batches=16) for stage in range(4)]
+        [4, 3, 2, 1]
+        """
+        work = self.training(stage, micro_batches=micro_batches)
+        return max(accumulate(isinstance(w, Forward) - isinstance(w, Backward) for w in work))
 
     def is_first(self, stage: int, chunk: int) -> bool:
         """Does the model start here?"""

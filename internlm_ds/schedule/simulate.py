@@ -140,6 +140,11 @@ class _Channel:
 
     sent: list[tuple[Work, float]] = field(default_factory=list)
     expected: list[Work] = field(default_factory=list)
+    place: dict[Work, int] = field(default_factory=dict)
+
+    def expect(self, receive: Work) -> None:
+        self.place.setdefault(receive, len(self.expected))
+        self.expected.append(receive)
 
 
 class _World:
@@ -215,7 +220,7 @@ class _Stage:
             if len(channel.sent) <= place:
                 return False
             self.clock = max(self.clock, channel.sent[place][1])
-        channel.expected.append(receive)
+        channel.expect(receive)
         return True
 
     def _send(self, send: Work) -> None:
@@ -259,10 +264,10 @@ class _Stage:
 
     def _message(self, receive: Work, work: Work) -> float | None:
         channel = self.world.incoming(self.stage, receive)
-        if receive not in channel.expected:
+        place = channel.place.get(receive)
+        if place is None:
             self._wrong(work, f"comes before {receive}")
             return self.clock
-        place = channel.expected.index(receive)
         if len(channel.sent) <= place:
             return None
         found, arrival = channel.sent[place]

@@ -40,6 +40,14 @@ def test_overrides_and_overlays_count() -> None:
     assert json.loads(done.stdout)["peak_bytes"] < plain["peak_bytes"]
 
 
+def test_timeline_is_drawn_below() -> None:
+    done = run_plan("model_configs/20b.py", "--world-size", 32, "--timeline")
+    assert done.returncode == 0
+    *_, last_stage, idle = done.stdout.splitlines()
+    assert last_stage.startswith("stage 3 |") and "F0-B0----F1-B1----" in last_stage
+    assert idle.startswith("idle: ")
+
+
 def test_what_cannot_be_translated_has_no_plan() -> None:
     done = run_plan("model_configs/7b.py", "--world-size", 8, "--set", "internlm_ds.compile=True")
     assert done.returncode == 2 and done.stdout == ""

@@ -35,9 +35,7 @@ CASES = {
     "pp2-tp2-2chunks": chunked(Layout(pipe=2, tensor=2, chunks=2)),
     "pp1-2chunks": chunked(Layout(chunks=2)),
     "pp2-zb": Case(layout=Layout(pipe=2), own=ZB),
-    "pp4-6-layers-zb-recompute": Case(
-        layout=Layout(pipe=4), layers=6, own=ZB, model=(*EMBED, ("checkpoint", 0.5), ("embed_grad_scale", 1.0))
-    ),
+    "pp4-6-layers-zb-recompute": Case(layout=Layout(pipe=4), layers=6, own=ZB, model=(*EMBED, ("checkpoint", 0.5))),
     "pp2-tp2-sp-zb": Case(layout=Layout(pipe=2, tensor=2), own=ZB, mode="msp"),
     "pp2-own-borders": Case(layout=Layout(pipe=2), own="pipeline_bounds=[0, 1, 4]"),
     "pp2-2chunks-own-borders": chunked(Layout(pipe=2, chunks=2), layers=6, own="pipeline_bounds=[0, 1, 2, 5, 6]"),

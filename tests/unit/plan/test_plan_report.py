@@ -73,7 +73,7 @@ def test_stages_hold_all_parameters_and_fewer_micro_batches_the_later_they_are(s
     assert [stage.layers for stage in found.stages] == [(0, 16), (16, 31), (31, 46), (46, 63)]
     activations = [part(found, "activations of blocks", stage) for stage in range(4)]
     assert activations == [activations[3] * n for n in (4, 3, 2, 1)]
-    assert part(found, "pipeline messages") == 2 * 4 * 2 * 4096 * 5120
+    assert part(found, "pipeline messages") == 4 * 2 * 4096 * 5120
     assert found.fits
 
 
