@@ -15,7 +15,7 @@ import torch
 
 from internlm_ds.model.loss import cross_entropy
 from internlm_ds.model.metrics import TokenMetrics
-from internlm_ds.monitor import memory
+from internlm_ds.monitor import log, memory
 from internlm_ds.monitor.throughput import ThroughputMeter
 from internlm_ds.parallel.context import ParallelContext
 from internlm_ds.train.loop import StepRecord
@@ -79,25 +79,9 @@ class StageLoss:
             self._evaluating = False
 
 
-# what `monitor.log` and metrics.jsonl share, in InternLM's order; the rest of a record follows
-TUTORIAL_KEYS = [
-    "tflops",
-    "step",
-    "loss",
-    "tgs",
-    "lr",
-    "loss_scale",
-    "grad_norm",
-    "micro_num",
-    "num_consumed_tokens",
-    "inf_nan_skip_batches",
-    "num_samples_in_batch",
-    "largest_length",
-    "largest_batch",
-    "smallest_batch",
-    "adam_beta2",
-    "fwd_bwd_time",
-]
+# the keys that the tutorial's log line shows, in its order, by their names in metrics.jsonl; the rest of a record follows
+_SHORT_NAMES = {long: short for short, long in log.LONG_NAMES.items()}
+TUTORIAL_KEYS = [_SHORT_NAMES.get(key, key) for key in log.LINE_KEYS]
 
 
 class RecordBuilder:
