@@ -79,7 +79,7 @@ class StageLoss:
             self._evaluating = False
 
 
-# the keys that the tutorial's log line shows, in its order, by their names in metrics.jsonl; the rest of a record follows
+# the keys of the tutorial's log line, in its order, by their names in metrics.jsonl; the rest of a record follows
 _SHORT_NAMES = {long: short for short, long in log.LONG_NAMES.items()}
 TUTORIAL_KEYS = [_SHORT_NAMES.get(key, key) for key in log.LINE_KEYS]
 
