@@ -1,4 +1,4 @@
-"""`run_ranks`: a function on several gloo ranks of this machine, for tests of anything that is split or replicated.
+"""`run_ranks`: a function on several ranks of this machine, for tests of anything that is split or replicated.
 
 Ranks meet over a file, so no port is taken; each has one thread. If one raises, the others are stopped and its
 traceback is the one you see. Shipped, because people who bring their own model family test it the same way.
@@ -6,6 +6,7 @@ traceback is the one you see. Shipped, because people who bring their own model 
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import multiprocessing
@@ -16,6 +17,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -32,7 +34,9 @@ class RankError(AssertionError):
     """A rank failed; holds its traceback as text."""
 
 
-def run_ranks(fn: Callable[..., Any], layout: Layout, *args: Any, timeout_s: float = 60.0) -> list[Any]:
+def run_ranks(
+    fn: Callable[..., Any], layout: Layout, *args: Any, timeout_s: float = 60.0, backend: str = "gloo"
+) -> list[Any]:
     """Call `fn(context, *args)` on `layout.world_size` processes.
 
     Args:
@@ -40,6 +44,7 @@ def run_ranks(fn: Callable[..., Any], layout: Layout, *args: Any, timeout_s: flo
         layout: Ranks along each axis.
         args: Picklable.
         timeout_s: For all of it; ranks still running then are killed.
+        backend: `gloo` (on the CPU), or `nccl` (a GPU for each rank).
     Returns:
         What each rank returned, in rank order (picklable).
     Raises:
@@ -47,7 +52,8 @@ def run_ranks(fn: Callable[..., Any], layout: Layout, *args: Any, timeout_s: flo
     """
     where = (inspect.getfile(fn), fn.__module__, fn.__qualname__)
     with tempfile.TemporaryDirectory() as folder:
-        processes, pipes = _start(where, layout, args, store=str(Path(folder) / "store"), timeout_s=timeout_s)
+        meeting = Meeting(str(Path(folder) / "store"), timeout_s, backend)
+        processes, pipes = _start(where, layout, args, meeting=meeting)
         try:
             return _collect(processes, pipes, timeout_s=timeout_s)
         finally:
@@ -57,17 +63,29 @@ def run_ranks(fn: Callable[..., Any], layout: Layout, *args: Any, timeout_s: flo
                 process.join()
 
 
-def _start(where: tuple[str, str, str], layout: Layout, args: tuple[Any, ...], *, store: str, timeout_s: float):
-    context = multiprocessing.get_context("forkserver")
+@dataclass(frozen=True)
+class Meeting:
+    """Where ranks meet, how long they wait for each other, and over what they talk."""
+
+    store: str
+    timeout_s: float
+    backend: str
+
+
+def _start(where: tuple[str, str, str], layout: Layout, args: tuple[Any, ...], *, meeting: Meeting):
+    on_cpu = meeting.backend == "gloo"
+    # a process that was forked from one that has looked for GPUs cannot use them
+    context = multiprocessing.get_context("forkserver" if on_cpu else "spawn")
     # read by the fork server when it starts: ranks must not take a thread per core
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    context.set_forkserver_preload(PRELOAD)
+    if on_cpu:
+        # DeepSpeed asks when it is imported, which the fork server does
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        context.set_forkserver_preload(PRELOAD)
     processes, pipes = [], []
     for rank in range(layout.world_size):
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(
-            target=_rank_main, args=(theirs, where, layout, rank, store, timeout_s, args), daemon=True
-        )
+        process = context.Process(target=_rank_main, args=(theirs, where, layout, rank, meeting, args), daemon=True)
         process.start()
         theirs.close()
         processes.append(process)
@@ -100,12 +118,11 @@ def _rank_main(
     where: tuple[str, str, str],
     layout: Layout,
     rank: int,
-    store: str,
-    timeout_s: float,
+    meeting: Meeting,
     args: tuple[Any, ...],
 ) -> None:
     try:
-        value = _call(where, layout, rank, store, timeout_s, args)
+        value = _call(where, layout, rank, meeting, args)
         _send(pipe, True, value)
     except BaseException:
         _send(pipe, False, traceback.format_exc())
@@ -122,9 +139,7 @@ def _send(pipe: Connection, good: bool, value: Any) -> None:
     pipe.send_bytes(pickle.dumps((good, value)))
 
 
-def _call(
-    where: tuple[str, str, str], layout: Layout, rank: int, store: str, timeout_s: float, args: tuple[Any, ...]
-) -> Any:
+def _call(where: tuple[str, str, str], layout: Layout, rank: int, meeting: Meeting, args: tuple[Any, ...]) -> Any:
     import torch
     import torch.distributed as dist
 
@@ -133,18 +148,22 @@ def _call(
 
     torch.set_num_threads(1)
     size = layout.world_size
-    write_environment(LaunchFacts("torch", rank, size, local_rank=rank, local_size=size))
+    write_environment(LaunchFacts("torch", rank, size, local_rank=rank, local_size=size), backend=meeting.backend)
+    device = torch.device("cpu")
+    if meeting.backend == "nccl":
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
     dist.init_process_group(
-        "gloo",
-        store=dist.FileStore(store, size),
+        meeting.backend,
+        store=dist.FileStore(meeting.store, size),
         rank=rank,
         world_size=size,
-        timeout=timedelta(seconds=timeout_s),
+        timeout=timedelta(seconds=meeting.timeout_s),
     )
     function: Any = _module(where[0], where[1])
     for name in where[2].split("."):
         function = getattr(function, name)
-    value = function(make_context(layout, rank=rank, local_rank=rank), *args)
+    value = function(make_context(layout, rank=rank, local_rank=rank, device=device), *args)
     # a rank that leaves early would break the connections that others still make; one that failed is reported before
     dist.barrier()
     return value
@@ -154,6 +173,8 @@ def _module(path: str, name: str) -> ModuleType:
     """The module a test function lives in, loaded from its file: test files are in no package."""
     if name in sys.modules and name != "__main__":
         return sys.modules[name]
+    if name.partition(".")[0] == "internlm_ds":
+        return importlib.import_module(name)
     for folder in (str(Path(path).parent), str(Path(path).parent.parent / "golden")):
         if folder not in sys.path:
             sys.path.insert(0, folder)

@@ -11,8 +11,6 @@ from layout_runs import Case, RankResult, train
 from internlm_ds.layout.ranks import Layout
 from internlm_ds.testing.ranks import run_ranks
 
-CHANGES_NOTHING = {"checkpoint", "num_chunks", "parallel_output"}
-
 
 @pytest.fixture(scope="session")
 def single(tmp_path_factory) -> Callable[[Case], RankResult]:
@@ -20,8 +18,7 @@ def single(tmp_path_factory) -> Callable[[Case], RankResult]:
     known: dict[Case, RankResult] = {}
 
     def get(case: Case) -> RankResult:
-        model = tuple(item for item in case.model if item[0] not in CHANGES_NOTHING)
-        alone = replace(case, layout=Layout(), mode="mtp", model=model, own="", save_folder="", load="")
+        alone = replace(case.alone(), save_folder="", load="")
         if alone not in known:
             path = alone.write(tmp_path_factory.mktemp("single"))
             (known[alone],) = run_ranks(train, Layout(), path, alone, timeout_s=100)
