@@ -13,7 +13,8 @@
     │   └── CheckpointDamagedError exit code 4: damaged, and no good one left
     ├── ConversionError            a checkpoint that cannot take the format asked for
     ├── MissingExtraError          an optional package that is not installed
-    └── TrainingStoppedError       exit code 3: the training guard stopped the run
+    ├── TrainingStoppedError       exit code 3: the training guard stopped the run
+    └── ReplicasDifferError        exit code 3: copies of a parameter differ between ranks
 
 A message says what was asked, what was found, where it was written and what would work.
 `assert` is for our own bugs; these classes are for everything else.
@@ -150,6 +151,13 @@ class MissingExtraError(InternlmDsError):
 
 class TrainingStoppedError(InternlmDsError):
     """The training guard stopped the run: too many bad steps."""
+
+    exit_code = 3
+    on_all_ranks = True
+
+
+class ReplicasDifferError(InternlmDsError):
+    """The training guard stopped the run: copies of a parameter differ between ranks."""
 
     exit_code = 3
     on_all_ranks = True

@@ -332,7 +332,7 @@ OWN = Section(
             schema.CompatConfig,
             {"no_clip_in_fp32": _flag, "mlp_names": rules.optional(rules.choice("2023", "2024"))},
         ),
-        "guard": Section(schema.GuardConfig, {"max_bad_steps": _at_least_0}),
+        "guard": Section(schema.GuardConfig, {"max_bad_steps": _at_least_0, "drift_every": _at_least_0}),
     },
 )
 

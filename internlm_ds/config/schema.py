@@ -290,12 +290,15 @@ class CompatConfig:
 
 @dataclass(frozen=True)
 class GuardConfig:
-    """`internlm_ds.guard`: when a run gives up.
+    """`internlm_ds.guard`: when a run gives up, with exit code 3.
 
-    `max_bad_steps`: so many failed updates in a row end it with exit code 3 (0 = never).
+    `max_bad_steps`: so many failed updates in a row end it (0 = never).
+    `drift_every`: after so many updates it compares the ranks' copies of each parameter, and ends if they differ
+    (0 = never).
     """
 
     max_bad_steps: int = 0
+    drift_every: int = 100
 
 
 @dataclass(frozen=True)

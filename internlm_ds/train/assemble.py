@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from internlm_ds.config.schema import Config
 from internlm_ds.data.loader import TrainLoader, ValidationLoader, build_train_loader, build_validation_loaders
 from internlm_ds.engine.build import build, cpu_computes_fp16
 from internlm_ds.engine.engine import Engine
-from internlm_ds.errors import CheckpointError, InternlmDsError, MachineError, Problem
+from internlm_ds.errors import CheckpointError, MachineError, Problem
 from internlm_ds.layout.stages import StageBounds, partition_uniform, stage_layers
 from internlm_ds.model.layers import LayerEntry, build_layers
 from internlm_ds.model.registry import build_registered, model_keywords
@@ -37,12 +38,14 @@ from internlm_ds.parallel import rng
 from internlm_ds.parallel.comm import ProcessComm
 from internlm_ds.parallel.context import ParallelContext
 from internlm_ds.parallel.environment import LaunchFacts
+from internlm_ds.parallel.first_failure import FirstFailure
 from internlm_ds.parallel.launch import initialize, launcher_is_gone, shut_down
+from internlm_ds.parallel.replicas import ReplicaCheck
 from internlm_ds.plan import Plan, describe
 from internlm_ds.plan.compute import flops_per_step
 from internlm_ds.plan.machine import MachineFacts, resolve_here
 from internlm_ds.runspec import RunSpec
-from internlm_ds.train import evaluate, rundir
+from internlm_ds.train import evaluate, failure, rundir
 from internlm_ds.train.checkpoints import RunCheckpoints
 from internlm_ds.train.loop import LoopSettings, StepRecord, TrainLoop
 from internlm_ds.train.metrics import RecordBuilder, StageLoss, device_peak_flops
@@ -122,17 +125,26 @@ class Training:
         return self.spec.config
 
     def run(self) -> int:
-        """Train; returns the exit code. Called by every rank."""
+        """Train; returns the exit code. Called by every rank.
+
+        An error of one rank among several does not come out of here: it ends all their processes.
+        """
         context = initialize(self.facts, self.spec.layout, backend=self.options.backend)
         comm = ProcessComm(context.device)
         signals = SignalWatch(comm, launcher_is_gone=launcher_is_gone())
+        rank, first = context.rank, FirstFailure.of_job(rank=context.rank, world_size=context.layout.world_size)
+        if context.layout.world_size > 1:
+            first.watch(partial(failure.end_for_peer, rank=rank, first=first))
         try:
             with signals.installed():
                 return self._run(context, comm, signals)
         except Exception as error:
-            log_failure(error, rank=context.rank)
+            if context.layout.world_size > 1 and not getattr(error, "on_all_ranks", False):
+                failure.end_process(error, rank=rank, first=first)
+            failure.log_failure(error, rank=rank)
             raise
         finally:
+            first.stop()
             log.close()
             shut_down()
 
@@ -164,7 +176,9 @@ class Training:
                 for text in LrSchedule.from_config(self.config).warnings:
                     logger.warning("%s", text)
                 log_model(engine, self.spec)
-            loop = self._loop(context, folder, engine, loader, validation, loss, state, checkpoints, signals, closing)
+            loop = self._loop(
+                context, folder, engine, loader, validation, loss, state, checkpoints, signals, closing, comm
+            )
             finished = loop.run()
         if context.is_log_rank:
             log_end(state, finished=finished, signals=signals)
@@ -197,8 +211,9 @@ class Training:
         checkpoints: RunCheckpoints,
         signals: SignalWatch,
         closing: contextlib.ExitStack,
+        comm: ProcessComm,
     ) -> TrainLoop:
-        config = self.config
+        config, guard = self.config, self.config.internlm_ds.guard
         recorder = None
         if context.is_log_rank:
             recorder = Recorder(self.spec, folder, context, engine, first_step=state.step_count)
@@ -207,6 +222,9 @@ class Training:
         if self.options.profile:
             profiler = StepProfiler(folder, context)
             closing.callback(profiler.close)
+        replicas = None
+        if guard.drift_every > 0 and context.layout.world_size > 1:
+            replicas = ReplicaCheck(engine.logical_parameters(), comm=comm, device=context.device)
 
         def evaluate_now(state: TrainState) -> None:
             results = evaluate.evaluate(engine, validation, validation_metrics=loss.validating)
@@ -221,7 +239,8 @@ class Training:
                 beta1=config.adam.adam_beta1,
                 data_size=context.data.size,
                 valid_every=config.data.valid_every,
-                max_bad_steps=config.internlm_ds.guard.max_bad_steps,
+                max_bad_steps=guard.max_bad_steps,
+                drift_every=guard.drift_every,
             ),
             lr=LrSchedule.from_config(config),
             beta2=Beta2Schedule.from_config(config),
@@ -232,6 +251,7 @@ class Training:
             evaluate=evaluate_now,
             should_stop=signals.should_stop,
             batch_done=profiler.step if profiler is not None else lambda: None,
+            check_replicas=replicas.check if replicas is not None else lambda: None,
         )
 
 
@@ -380,16 +400,6 @@ def log_end(state: TrainState, *, finished: bool, signals: SignalWatch) -> None:
     else:
         why = "stopped by the stop file"
     logger.info("%s after batch %d, %d updates", why, state.batch_count - 1, state.step_count)
-
-
-def log_failure(error: Exception, *, rank: int) -> None:
-    """What ended this rank, into its log file; stderr gets it from whoever catches the error."""
-    trace = None if isinstance(error, InternlmDsError) else (type(error), error, error.__traceback__)
-    text = f"rank {rank} ends: {type(error).__name__}: {error}"
-    record = logger.makeRecord(logger.name, logging.ERROR, __file__, 0, text, (), trace, func="run")
-    for handler in logging.getLogger(log.LOGGER_NAME).handlers:
-        if isinstance(handler, logging.FileHandler):
-            handler.handle(record)
 
 
 def log_model(engine: Engine, spec: RunSpec) -> None:

@@ -1,8 +1,8 @@
 """The train loop: what happens for each batch, in InternLM's order, over anything that looks like an engine.
 
-load → skip test → forward, backward, update → counters → metrics and log → evaluation → checkpoint → stop test. Knows
-neither DeepSpeed nor files: engine, loader, recorder, evaluator and checkpoints come in through the small protocols
-below.
+load → skip test → forward, backward, update → counters → metrics and log → guards → evaluation → checkpoint → stop
+test. Knows neither DeepSpeed nor files: engine, loader, recorder, evaluator and checkpoints come in through the small
+protocols below.
 """
 
 from __future__ import annotations
@@ -81,6 +81,7 @@ class LoopSettings:
         data_size: Data-parallel ranks: tokens of a step are this rank's times them.
         valid_every: Evaluate after this many updates; 0 = never.
         max_bad_steps: Failed updates in a row that end the run; 0 = never.
+        drift_every: Compare the ranks' copies after this many updates; 0 = never.
     """
 
     total_steps: int
@@ -88,6 +89,7 @@ class LoopSettings:
     data_size: int = 1
     valid_every: int = 0
     max_bad_steps: int = 0
+    drift_every: int = 0
 
 
 class TrainLoop:
@@ -102,6 +104,7 @@ class TrainLoop:
         evaluate: Called with the state when an evaluation is due.
         should_stop: Asked after each batch on every rank, with one answer for all: a signal arrived.
         batch_done: Called after each batch, skipped or not.
+        check_replicas: Called when the ranks' copies of the parameters are to be compared; raises if they differ.
         clock: Seconds, monotonic.
     """
 
@@ -120,12 +123,14 @@ class TrainLoop:
         evaluate: Callable[[TrainState], None],
         should_stop: Callable[[], bool] = lambda: False,
         batch_done: Callable[[], None] = lambda: None,
+        check_replicas: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.perf_counter,
     ):
         self.engine, self.loader, self.settings = engine, loader, settings
         self.lr, self.beta2, self.state = lr, beta2, state
         self.checkpoints, self.step_metrics, self.record = checkpoints, step_metrics, record
         self.evaluate, self.should_stop, self.batch_done, self.clock = evaluate, should_stop, batch_done, clock
+        self.check_replicas = check_replicas
 
     def run(self) -> bool:
         """Train to the end, a stop request or the guard.
@@ -134,6 +139,7 @@ class TrainLoop:
             True when the run reached `total_steps`, False when it was asked to stop before.
         Raises:
             TrainingStoppedError: Too many failed updates in a row; a last checkpoint is saved before.
+            ReplicasDifferError: Copies of a parameter differ between ranks; nothing is saved.
         """
         try:
             while self.state.batch_count < self.settings.total_steps:
@@ -158,6 +164,8 @@ class TrainLoop:
             return False
         applied = self._train(batch, started)
         self._guard()
+        if applied and self.settings.drift_every > 0 and self.state.step_count % self.settings.drift_every == 0:
+            self.check_replicas()  # before a checkpoint would keep what has drifted
         every = self.settings.valid_every
         if applied and every > 0 and self.state.step_count % every == 0:
             self.evaluate(self.state)

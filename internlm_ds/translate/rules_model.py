@@ -299,7 +299,8 @@ RULES: dict[str, Rule] = {
     "TENSOR_SHAPE": always(no_effect("shapes of pipeline messages follow from data.* and model.*")),
     "deepspeed.*": deepspeed_rule,
     "internlm_ds.compat.*": always(native("our switch back to the reference's way")),
-    "internlm_ds.guard.*": always(native("our training guard")),
+    "internlm_ds.guard.max_bad_steps": always(native("our training guard counts failed updates in a row")),
+    "internlm_ds.guard.drift_every": always(native("our training guard compares the ranks' copies of each parameter")),
     "internlm_ds.compile": neutral(
         False, off="not compiled", on=refused("torch.compile is not built in this version; write False")
     ),

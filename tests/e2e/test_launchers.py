@@ -35,14 +35,16 @@ def free_port() -> int:
             return port
 
 
-def command_of(launcher: str, script: Path, config: Path, run_dir: Path, overrides: tuple[str, ...]) -> list[str]:
+def command_of(
+    launcher: str, script: Path, config: Path, run_dir: Path, overrides: tuple[str, ...], ranks: int = 2
+) -> list[str]:
     words = [str(script), "--config", str(config), "--run-dir", str(run_dir)]
     words += [word for text in overrides for word in ("--set", text)]
     if launcher == "deepspeed":
         beside_python = Path(sys.executable).with_name("deepspeed")
-        return [str(beside_python), "--num_accelerators", "2", "--master_port", str(free_port()), *words]
+        return [str(beside_python), "--num_accelerators", str(ranks), "--master_port", str(free_port()), *words]
     if launcher == "torchrun":
-        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", *words]
+        return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *words]
     return [sys.executable, *words]
 
 
@@ -84,15 +86,18 @@ def start(started, command: list[str], *, cwd: Path, **environ: str) -> subproce
     return process
 
 
-def start_ranks(started, launcher: str, script: Path, config: Path, run_dir: Path, *overrides: str, **environ: str):
-    """The launcher, or for `srun` the two tasks that it would have started, with the variables it sets."""
-    command = command_of(launcher, script, config, run_dir, overrides)
+def start_ranks(
+    started, launcher: str, script: Path, config: Path, run_dir: Path, *overrides: str, ranks: int = 2, **environ: str
+):
+    """The launcher, or for `srun` the tasks that it would have started, with the variables it sets."""
+    command = command_of(launcher, script, config, run_dir, overrides, ranks)
     if launcher != "srun":
         return [start(started, command, cwd=config.parent, **environ)]
-    job = {"SLURM_JOB_ID": "77", "SLURM_NTASKS": "2", "SLURM_NODELIST": "127.0.0.1", "SLURM_TASKS_PER_NODE": "2"}
+    job = {"SLURM_JOB_ID": "77", "SLURM_NODELIST": "127.0.0.1"}
+    job |= dict.fromkeys(("SLURM_NTASKS", "SLURM_TASKS_PER_NODE"), str(ranks))
     job |= {"MASTER_PORT": str(free_port()), "MASTER_ADDR": "127.0.0.1", **environ}
-    ranks = [{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(2)]
-    return [start(started, command, cwd=config.parent, **job, **rank) for rank in ranks]
+    tasks = [{"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)} for rank in range(ranks)]
+    return [start(started, command, cwd=config.parent, **job, **task) for task in tasks]
 
 
 def wait_for_steps(run_dir: Path, launcher: subprocess.Popen[str], *, timeout_s: float = 90.0) -> None:
@@ -132,6 +137,43 @@ def test_one_failing_rank_ends_the_job(launcher: str, tmp_path: Path, started):
     assert any("RuntimeError: cosmic ray on rank 1" in text for text in texts)
     assert len(steps(tmp_path / "run")) == 2
     assert "cosmic ray on rank 1" in (tmp_path / "run" / "train.rank1.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("launcher", "place", "rank"), [("torchrun", "backward", 3), ("deepspeed", "optimizer", 0), ("srun", "forward", 2)]
+)
+def test_one_failing_rank_of_four_ends_the_job(launcher: str, place: str, rank: int, tmp_path: Path, started):
+    """Two stages, two data-parallel ranks; nobody but the ranks themselves ends the tasks of `srun` here."""
+    config = write_run(tmp_path)
+    where = {"FAIL_AT": place, "FAIL_RANK": str(rank), "FAILED_FILE": str(tmp_path / "failed")}
+    layout = ("data.skip_batches=", "parallel.pipeline.size=2")
+    processes = start_ranks(started, launcher, FAILING, config, tmp_path / "run", *layout, ranks=4, **where)
+    texts = [process.communicate(timeout=100)[0] for process in processes]
+    seconds = time.time() - float((tmp_path / "failed").read_text())
+    assert seconds < 30 and all(process.returncode not in (0, None) for process in processes), texts
+    cause = f"RuntimeError: cosmic ray on rank {rank}"
+    for text in texts:
+        # torchrun adds a traceback of its own, and a summary behind it
+        errors = [line for line in text.splitlines() if "Error: " in line and "ChildFailedError" not in line]
+        assert errors and all(cause in line for line in errors), text
+    log = (tmp_path / "run" / "train.log").read_text().splitlines()
+    assert log[-1].endswith(cause), "the log rank's last word"
+
+
+def test_a_copy_that_drifts_ends_the_run(tmp_path: Path, started):
+    """One bit of one rank's weights changes before the third look: exit code 3, nothing of it is saved."""
+    config = write_run(tmp_path)
+    with config.open("a") as file:
+        file.write("internlm_ds = dict(guard=dict(drift_every=1))\n")
+    settings = ("data.skip_batches=", "parallel.zero1=1", "ckpt.checkpoint_every=1")
+    processes = start_ranks(started, "srun", FAILING, config, tmp_path / "run", *settings, FAIL_AT="weights")
+    texts = [process.communicate(timeout=100)[0] for process in processes]
+    assert [process.returncode for process in processes] == [3, 3], texts
+    assert "Traceback" not in "".join(texts)
+    assert texts[0].splitlines()[-1] == "  embedding.weight: rank 0; rank 1 differ"
+    assert sum(text.count("ReplicasDifferError: copies of 1 parameter are no longer equal") for text in texts) == 1
+    assert len(steps(tmp_path / "run")) == 3
+    assert sorted(path.name for path in (tmp_path / "ckpt").iterdir() if path.name.isdigit()) == ["1", "2"]
 
 
 def test_workers_of_a_killed_launcher_save_and_end(tmp_path: Path, started):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from internlm_ds.errors import TrainingStoppedError
+from internlm_ds.errors import ReplicasDifferError, TrainingStoppedError
 from internlm_ds.optim.schedules import Beta2Schedule, LrSchedule
 from internlm_ds.train.loop import LoopSettings, TrainLoop
 from internlm_ds.train.state import TrainState
@@ -228,3 +228,25 @@ def test_an_error_of_the_engine_saves_nothing():
     with pytest.raises(ZeroDivisionError):
         loop_of(fake).run()
     assert fake.names("final") == []
+
+
+def test_copies_are_compared_before_they_are_saved():
+    fake = FakeRun(failing=[1])
+
+    def look():
+        fake.calls.append(("look",))
+        if len(fake.names("look")) == 2:
+            raise ReplicasDifferError("copies differ")
+
+    loop = loop_of(fake, total_steps=9, settings={"drift_every": 2}, check_replicas=look)
+    with pytest.raises(ReplicasDifferError):
+        loop.run()
+    # updates 1 (batch 0), 2 (batch 2), 3, 4 (batch 4); the failed update in between counts for nothing
+    assert fake.names("look", "after", "final") == [
+        ("after", 1, True),
+        ("after", 1, False),
+        ("look",),
+        ("after", 2, True),
+        ("after", 3, True),
+        ("look",),
+    ]

@@ -137,7 +137,10 @@ def test_deepspeed_accepts_the_json(spec_of: SpecOf, rank_zero: None, config: st
 def test_nothing_of_ours_reaches_the_json(spec_of: SpecOf) -> None:
     from internlm_ds.translate import ds_schema
 
-    spec = spec_of("internlm_ds.guard.max_bad_steps=3", "internlm_ds.compat.no_clip_in_fp32=True")
+    spec = spec_of(
+        "internlm_ds.guard={'max_bad_steps': 3, 'drift_every': 5}", "internlm_ds.compat.no_clip_in_fp32=True"
+    )
+    assert note_of(spec, "internlm_ds.guard.drift_every").fidelity == "native"
     assert set(translate(spec).ds_config) <= set(ds_schema.KEYS)
 
 

@@ -1,0 +1,68 @@
+"""How a rank that failed ends: it tells the others, says why, and is gone. A rank that ends with it names the cause."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from typing import NoReturn
+
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+from internlm_ds.errors import InternlmDsError
+from internlm_ds.monitor import log
+from internlm_ds.parallel.first_failure import Failure, FirstFailure
+
+logger = logging.getLogger(__name__)
+
+
+def end_process(error: Exception, *, rank: int, first: FirstFailure) -> NoReturn:
+    """End this rank of several for an error that it alone raised.
+
+    At once: at the interpreter's end communicators would be taken down whose operations never complete, and waited for.
+    The last words are the cause: the traceback on the rank that failed first, one line that names it on the others.
+    """
+    text = f"{type(error).__name__}: {error}"
+    failure = first.report(text, exit_code=getattr(error, "exit_code", 1))
+    log_failure(error, rank=rank)
+    if failure.rank != rank:  # what broke here most likely follows from it
+        end_for_peer(failure, rank=rank, first=first)
+    plain = isinstance(error, InternlmDsError) and os.environ.get("INTERNLM_DS_DEBUG") != "1"
+    shown = text if plain else "".join(traceback.format_exception(error)).rstrip()
+    print(f"rank {rank}: {shown}", file=sys.stderr)
+    _exit(failure, error, first=first)
+
+
+def end_for_peer(failure: Failure, *, rank: int, first: FirstFailure) -> NoReturn:
+    """End this rank because another one failed: by its own watch while it waits, or when its collective breaks."""
+    cause = failure.text.partition("\n")[0]
+    text = f"rank {rank} ends, because rank {failure.rank} failed: {cause}"
+    _to_log_file(text)
+    print(text, file=sys.stderr)
+    try:
+        raise RuntimeError(text) from None  # torchrun is told of the exception that is being handled
+    except RuntimeError as error:
+        _exit(failure, error, first=first)
+
+
+def log_failure(error: Exception, *, rank: int) -> None:
+    """What ended this rank, into its log file; stderr gets it from whoever catches the error."""
+    trace = None if isinstance(error, InternlmDsError) else (type(error), error, error.__traceback__)
+    _to_log_file(f"rank {rank} ends: {type(error).__name__}: {error}", trace)
+
+
+def _exit(failure: Failure, error: Exception, *, first: FirstFailure) -> NoReturn:
+    log.close()
+    get_error_handler().record_exception(error)  # torchrun shows it behind everything else
+    sys.stdout.flush()
+    sys.stderr.flush()
+    first.linger()
+    os._exit(failure.exit_code)
+
+
+def _to_log_file(text: str, trace: tuple | None = None) -> None:
+    record = logger.makeRecord(logger.name, logging.ERROR, __file__, 0, text, (), trace, func="run")
+    for handler in logging.getLogger(log.LOGGER_NAME).handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(record)
