@@ -10,6 +10,7 @@ from internlm_ds.config.schema import ParallelConfig, PipelineConfig, TensorConf
 from internlm_ds.errors import LayoutError
 from internlm_ds.layout.ranks import Layout, group_of, solve
 from internlm_ds.layout.stages import partition_uniform
+from internlm_ds.layout.weight_ranks import WeightLayout
 from internlm_ds.layout.zero_partition import partition
 from internlm_ds.plan.compute import megatron_flops
 
@@ -17,20 +18,15 @@ TFLOPS_TOLERANCE = 1e-12
 
 
 def test_groups_equal_the_reference():
-    cases = entries("parallel", "groups.json")
-    known = [case for case in cases if _is_built(case)]
-    for case in known:
+    for case in entries("parallel", "groups.json"):
         layout = _layout(case)
+        weights = _weight_layout(case) if _splits_weights(case) else None
         for entry in case["ranks"]:
             _assert_same_place(case, entry, layout)
-    if not known:
-        pytest.skip("every case uses weight parallelism (isp), which does not exist yet")
-
-
-def test_groups_of_weight_parallelism():
-    rest = [case for case in entries("parallel", "groups.json") if not _is_built(case)]
-    if rest:
-        pytest.skip(f"{len(rest)} case(s) use weight parallelism (isp), which does not exist yet")
+            if weights is None:
+                _assert_same_zero_group(case, entry, layout)
+            else:
+                _assert_same_weight_place(entry, weights)
 
 
 def test_partition_uniform_equals_the_reference():
@@ -56,13 +52,18 @@ def test_megatron_flops_equals_the_reference():
         assert megatron_flops(**case["kwargs"]) == pytest.approx(case["tflops"], rel=TFLOPS_TOLERANCE)
 
 
-def _is_built(case: dict) -> bool:
-    return case["mode"] != "isp" and case.get("weight", 1) == 1
+def _splits_weights(case: dict) -> bool:
+    return case["mode"] == "isp" or case.get("weight", 1) > 1
+
+
+def _weight_layout(case: dict) -> WeightLayout:
+    return WeightLayout(case["world"], pipe=case["pp"], weight=case.get("weight", 1), zero=case["zero1"])
 
 
 def _layout(case: dict) -> Layout:
     parallel = ParallelConfig(
-        zero1=Zero1Config(size=case["zero1"]),
+        # with split weights ZeRO runs along their own axis
+        zero1=Zero1Config(size=-1 if _splits_weights(case) else case["zero1"]),
         tensor=TensorConfig(size=case["tp"], mode=case["mode"]),
         pipeline=PipelineConfig(size=case["pp"]),
     )
@@ -79,8 +80,24 @@ def _assert_same_place(case: dict, entry: dict, layout: Layout) -> None:
     for mode, axis_groups in groups.items():
         if mode in entry:
             assert [getattr(coord, mode), list(group_of(axis_groups, rank))] == entry[mode], (mode, rank)
+
+
+def _assert_same_zero_group(case: dict, entry: dict, layout: Layout) -> None:
+    rank = entry["rank"]
     zero_group = group_of(layout.zero_groups, rank)
     if zero1_of_nought_means_all(case):
         assert zero_group == group_of(layout.data_groups, rank)
     else:
         assert [zero_group.index(rank), list(zero_group)] == entry["zero1"], rank
+
+
+def _assert_same_weight_place(entry: dict, weights: WeightLayout) -> None:
+    rank = entry["rank"]
+    ours = {
+        "weight": weights.weight_groups,
+        "weight_data": weights.weight_data_groups,
+        "zero1": weights.zero_groups,
+    }
+    for mode, groups in ours.items():
+        group = group_of(groups, rank)
+        assert [group.index(rank), list(group)] == entry[mode], (mode, rank)
