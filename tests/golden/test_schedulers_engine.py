@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 from cases import entries
-from layout_runs import Case, build_engine, micro_batches
 
 from internlm_ds.layout.ranks import Layout
 from internlm_ds.testing.ranks import run_ranks
+from internlm_ds.verify.case import Case
 
 pytestmark = pytest.mark.timeout(120)
 
@@ -33,10 +33,11 @@ def _follow(context, path: str, cases: list[dict]) -> list[list[list]]:
     from deepspeed.accelerator import get_accelerator
 
     from internlm_ds.optim.loss_scale import DynamicLossScale
+    from internlm_ds.verify.training import build_engine, micro_batch
 
     type(get_accelerator()).is_fp16_supported = lambda self: True
     _, engine, _ = build_engine(context, path)
-    batch = micro_batches(0, context, vocab=64)[:2]
+    batch = [micro_batch(0, j, vocab=64) for j in range(2)]
     found = []
     for case in cases:
         state = DynamicLossScale(**case["kwargs"])
