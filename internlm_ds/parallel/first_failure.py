@@ -21,7 +21,8 @@ import torch.distributed as dist
 POLL_S = 1.0
 # a peer whose collective broke says so itself within this time
 GRACE_S = 3.0
-LINGER_S = 3.0
+# a failed rank waits so long for the others to have noted the cause; most need a poll
+LINGER_S = 10.0
 KEY, SEEN = "first", "seen"
 
 
@@ -65,9 +66,16 @@ class FirstFailure:
         """Over the store that the default process group was made with."""
         return cls(dist.distributed_c10d._get_default_store(), rank=rank, world_size=world_size)
 
-    def watch(self, on_failure: Callable[[Failure], None]) -> None:
-        """Look from now on; `on_failure` is called in another thread when a peer has failed and this rank lives on."""
-        arguments = (on_failure,)
+    def watch(
+        self, on_failure: Callable[[Failure], None], *, on_learned: Callable[[Failure], None] = lambda failure: None
+    ) -> None:
+        """Look from now on, in another thread.
+
+        Args:
+            on_failure: Called when a peer has failed and this rank still lives after the grace.
+            on_learned: Called as soon as the watch knows of it, before the failed rank may be gone.
+        """
+        arguments = (on_failure, on_learned)
         self._thread = threading.Thread(target=self._watch, args=arguments, name="internlm-ds-failures", daemon=True)
         self._thread.start()
 
@@ -90,8 +98,12 @@ class FirstFailure:
         return self.failure or own
 
     def linger(self) -> None:
-        """On rank 0, which most often holds the store: wait, for seconds at most, until all ranks know."""
-        if self._rank != 0:
+        """Wait, for seconds at most, until all ranks know.
+
+        The rank that failed first does, as some launchers end the others once it is gone, before they could note why;
+        so does rank 0, which most often holds the store.
+        """
+        if self._rank not in (0, self.failure.rank if self.failure else 0):
             return
         deadline = time.monotonic() + LINGER_S
         try:
@@ -100,12 +112,12 @@ class FirstFailure:
         except RuntimeError:
             return
 
-    def _watch(self, on_failure: Callable[[Failure], None]) -> None:
+    def _watch(self, on_failure: Callable[[Failure], None], on_learned: Callable[[Failure], None]) -> None:
         try:
             while not self._stopped.wait(self._poll_s):
                 with self._lock:
                     if self.failure is None and self._store.check([KEY]):
-                        self._learn(self._store.get(KEY))
+                        self._learn(self._store.get(KEY), on_learned)
                 if self.failure is not None:
                     break
         except RuntimeError:
@@ -113,6 +125,7 @@ class FirstFailure:
         if self.failure is not None and not self._stopped.wait(self._grace_s):
             on_failure(self.failure)
 
-    def _learn(self, value: bytes) -> None:
+    def _learn(self, value: bytes, on_learned: Callable[[Failure], None] = lambda failure: None) -> None:
         self.failure = Failure(**json.loads(value))
+        on_learned(self.failure)
         self._store.add(SEEN, 1)

@@ -25,25 +25,39 @@ def end_process(error: Exception, *, rank: int, first: FirstFailure) -> NoReturn
     """
     text = f"{type(error).__name__}: {error}"
     failure = first.report(text, exit_code=getattr(error, "exit_code", 1))
-    log_failure(error, rank=rank)
     if failure.rank != rank:  # what broke here most likely follows from it
-        end_for_peer(failure, rank=rank, first=first)
+        end_for_peer(failure, rank=rank, first=first, broke=text)
+    log_failure(error, rank=rank)
     plain = isinstance(error, InternlmDsError) and os.environ.get("INTERNLM_DS_DEBUG") != "1"
     shown = text if plain else "".join(traceback.format_exception(error)).rstrip()
     print(f"rank {rank}: {shown}", file=sys.stderr)
     _exit(failure, error, first=first)
 
 
-def end_for_peer(failure: Failure, *, rank: int, first: FirstFailure) -> NoReturn:
-    """End this rank because another one failed: by its own watch while it waits, or when its collective breaks."""
-    cause = failure.text.partition("\n")[0]
-    text = f"rank {rank} ends, because rank {failure.rank} failed: {cause}"
-    _to_log_file(text)
+def end_for_peer(failure: Failure, *, rank: int, first: FirstFailure, broke: str = "") -> NoReturn:
+    """End this rank because another one failed: by its own watch while it waits, or when its collective breaks.
+
+    Args:
+        broke: What its collective said.
+    """
+    text = _because(failure, rank=rank)
+    # one record with the cause last: a launcher may end this process at any time
+    _to_log_file(f"rank {rank} is stopped by {broke.partition(chr(10))[0]}; {text}" if broke else text)
     print(text, file=sys.stderr)
     try:
         raise RuntimeError(text) from None  # torchrun is told of the exception that is being handled
     except RuntimeError as error:
         _exit(failure, error, first=first)
+
+
+def note_failure(failure: Failure, *, rank: int) -> None:
+    """Put the cause into this rank's log file as soon as it is known."""
+    _to_log_file(_because(failure, rank=rank))
+
+
+def _because(failure: Failure, *, rank: int) -> str:
+    cause = failure.text.partition("\n")[0]
+    return f"rank {rank} ends, because rank {failure.rank} failed: {cause}"
 
 
 def log_failure(error: Exception, *, rank: int) -> None:

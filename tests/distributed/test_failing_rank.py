@@ -177,6 +177,19 @@ def test_a_watch_sees_a_failure_and_a_stopped_one_does_not():
     assert seen == [Failure(2, "KeyError: 'x'", 1)]
 
 
+def test_the_failed_rank_is_there_until_the_others_have_noted_why():
+    store, noted = dist.HashStore(), []
+    peers = [FirstFailure(store, rank=rank, world_size=3, poll_s=0.05, grace_s=60.0) for rank in range(2)]
+    failing = FirstFailure(store, rank=2, world_size=3)
+    for peer in peers:
+        peer.watch(lambda failure: pytest.fail("within the grace"), on_learned=noted.append)
+    failure = failing.report("OSError: disk full", exit_code=2)
+    failing.linger()
+    assert noted == [failure, failure]
+    for peer in peers:
+        peer.stop()
+
+
 def test_a_store_that_is_gone_ends_nothing(tmp_path: Path):
     class Gone:
         def clone(self):
