@@ -59,6 +59,7 @@ class FirstFailure:
         self._stopped = threading.Event()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
+        self._note: Callable[[Failure], None] = lambda failure: None
         self.failure: Failure | None = None
 
     @classmethod
@@ -67,15 +68,16 @@ class FirstFailure:
         return cls(dist.distributed_c10d._get_default_store(), rank=rank, world_size=world_size)
 
     def watch(
-        self, on_failure: Callable[[Failure], None], *, on_learned: Callable[[Failure], None] = lambda failure: None
+        self, on_failure: Callable[[Failure], None], *, note: Callable[[Failure], None] = lambda failure: None
     ) -> None:
         """Look from now on, in another thread.
 
         Args:
             on_failure: Called when a peer has failed and this rank still lives after the grace.
-            on_learned: Called as soon as the watch knows of it, before the failed rank may be gone.
+            note: Called once, as soon as this rank knows that a peer has failed, and before the peer may be gone.
         """
-        arguments = (on_failure, on_learned)
+        self._note = note
+        arguments = (on_failure,)
         self._thread = threading.Thread(target=self._watch, args=arguments, name="internlm-ds-failures", daemon=True)
         self._thread.start()
 
@@ -112,12 +114,12 @@ class FirstFailure:
         except RuntimeError:
             return
 
-    def _watch(self, on_failure: Callable[[Failure], None], on_learned: Callable[[Failure], None]) -> None:
+    def _watch(self, on_failure: Callable[[Failure], None]) -> None:
         try:
             while not self._stopped.wait(self._poll_s):
                 with self._lock:
                     if self.failure is None and self._store.check([KEY]):
-                        self._learn(self._store.get(KEY), on_learned)
+                        self._learn(self._store.get(KEY))
                 if self.failure is not None:
                     break
         except RuntimeError:
@@ -125,7 +127,8 @@ class FirstFailure:
         if self.failure is not None and not self._stopped.wait(self._grace_s):
             on_failure(self.failure)
 
-    def _learn(self, value: bytes, on_learned: Callable[[Failure], None] = lambda failure: None) -> None:
+    def _learn(self, value: bytes) -> None:
         self.failure = Failure(**json.loads(value))
-        on_learned(self.failure)
+        if self.failure.rank != self._rank:
+            self._note(self.failure)
         self._store.add(SEEN, 1)

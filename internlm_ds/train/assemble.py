@@ -13,7 +13,6 @@ import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,10 +133,7 @@ class Training:
         signals = SignalWatch(comm, launcher_is_gone=launcher_is_gone())
         rank, first = context.rank, FirstFailure.of_job(rank=context.rank, world_size=context.layout.world_size)
         if context.layout.world_size > 1:
-            first.watch(
-                partial(failure.end_for_peer, rank=rank, first=first),
-                on_learned=partial(failure.note_failure, rank=rank),
-            )
+            failure.watch_peers(first, rank=rank)
         try:
             with signals.installed():
                 return self._run(context, comm, signals)

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import traceback
+from functools import partial
 from typing import NoReturn
 
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
@@ -15,6 +16,11 @@ from internlm_ds.monitor import log
 from internlm_ds.parallel.first_failure import Failure, FirstFailure
 
 logger = logging.getLogger(__name__)
+
+
+def watch_peers(first: FirstFailure, *, rank: int) -> None:
+    """From now on this rank notes in its log why a peer failed, and ends with it if it has not ended by itself."""
+    first.watch(partial(end_for_peer, rank=rank, first=first), note=partial(_note_failure, rank=rank))
 
 
 def end_process(error: Exception, *, rank: int, first: FirstFailure) -> NoReturn:
@@ -50,8 +56,7 @@ def end_for_peer(failure: Failure, *, rank: int, first: FirstFailure, broke: str
         _exit(failure, error, first=first)
 
 
-def note_failure(failure: Failure, *, rank: int) -> None:
-    """Put the cause into this rank's log file as soon as it is known."""
+def _note_failure(failure: Failure, *, rank: int) -> None:
     _to_log_file(_because(failure, rank=rank))
 
 

@@ -6,7 +6,6 @@ import os
 import signal
 import threading
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -65,7 +64,9 @@ def test_a_peer_that_notices_nothing_is_ended_by_its_watch(tmp_path: Path):
 def test_a_rank_that_is_killed_ends_all(tmp_path: Path):
     codes, texts, seconds = end_of_ranks(Case(layout=PP2_DP2, steps=3), tmp_path, "Backward", 2, "kill")
     assert codes == [1, 1, -signal.SIGKILL, 1] and seconds < LONGEST_S
-    assert all("rank" in texts[rank].splitlines()[-1] or "Error" in texts[rank] for rank in (0, 1, 3)), texts
+    (first,) = [rank for rank in (0, 1, 3) if f"rank {rank}: Traceback" in texts[rank]]
+    for other in {0, 1, 3} - {first}:
+        assert texts[other].splitlines()[-1].startswith(f"rank {other} ends, because rank {first} failed: "), texts
 
 
 def _assert_cause_is_last(texts: list[str], rank: int) -> None:
@@ -104,7 +105,7 @@ def _fail(context, path: str, case: Case, folder: str, where: str, rank: int, ho
 
     os.dup2(os.open(f"{folder}/{context.rank}.txt", os.O_CREAT | os.O_WRONLY), 2)
     first = FirstFailure.of_job(rank=context.rank, world_size=context.layout.world_size)
-    first.watch(partial(failure.end_for_peer, rank=context.rank, first=first))
+    failure.watch_peers(first, rank=context.rank)
     try:
         spec, engine, _ = build_engine(context, path)
 
@@ -178,16 +179,19 @@ def test_a_watch_sees_a_failure_and_a_stopped_one_does_not():
 
 
 def test_the_failed_rank_is_there_until_the_others_have_noted_why():
+    """Whether a peer learns of it from its watch, or because its own collective breaks first."""
     store, noted = dist.HashStore(), []
-    peers = [FirstFailure(store, rank=rank, world_size=3, poll_s=0.05, grace_s=60.0) for rank in range(2)]
-    failing = FirstFailure(store, rank=2, world_size=3)
-    for peer in peers:
-        peer.watch(lambda failure: pytest.fail("within the grace"), on_learned=noted.append)
+    polls = {0: 0.05, 1: 60.0, 2: 60.0}
+    ranks = [FirstFailure(store, rank=rank, world_size=3, poll_s=polls[rank], grace_s=60.0) for rank in polls]
+    for rank in ranks:
+        rank.watch(lambda failure: pytest.fail("within the grace"), note=noted.append)
+    _, breaking, failing = ranks
     failure = failing.report("OSError: disk full", exit_code=2)
+    assert breaking.report("RuntimeError: connection closed", exit_code=1) == failure
     failing.linger()
-    assert noted == [failure, failure]
-    for peer in peers:
-        peer.stop()
+    assert noted == [failure, failure], "the failed rank notes nothing of itself"
+    for rank in ranks:
+        rank.stop()
 
 
 def test_a_store_that_is_gone_ends_nothing(tmp_path: Path):
