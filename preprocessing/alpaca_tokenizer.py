@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a checkout works without being installed
 
 from internlm_ds.cli.main import guarded
-from internlm_ds.cli.preprocess import add_alpaca_options, run_alpaca
+from internlm_ds.cli.preprocess_sft import add_alpaca_options, run_alpaca
 
 
 def main() -> int:

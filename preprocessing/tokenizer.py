@@ -15,7 +15,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # a checkout works without being installed
 
 from internlm_ds.cli.main import guarded  # noqa: E402
-from internlm_ds.cli.preprocess import add_text_options, run_text  # noqa: E402
+from internlm_ds.cli.preprocess_text import add_text_options, run_text  # noqa: E402
 
 
 def main() -> int:
