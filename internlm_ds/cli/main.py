@@ -19,6 +19,7 @@ COMMANDS = {
     "show-config": "print every value of a configuration with its origin",
     "plan": "layout, batch arithmetic, parameters and memory of a configuration, without running it",
     "preprocess": "turn text into bin/meta token files",
+    "data": "look after token files: find faults in them",
     "convert-checkpoint": "convert a checkpoint between formats",
     "generate": "continue a prompt with a trained model",
     "verify": "train a tiny model on every layout that some ranks allow, and compare with one process",

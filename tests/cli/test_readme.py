@@ -53,7 +53,7 @@ def help_for(words: list[str]) -> str | None:
     """The help text that must know a command's options; None for commands of others."""
     if words[0] == "internlm-ds":
         assert words[1] in COMMANDS or words[1].startswith("--"), f"internlm-ds has no command {words[1]!r}"
-        sub = words[1:3] if words[1] == "preprocess" else words[1:2]
+        sub = words[1:3] if words[1] in ("preprocess", "data") else words[1:2]
         return help_of("-m", "internlm_ds.cli.main", *sub) if words[1] in COMMANDS else None
     script = next((word for word in words if word in SCRIPTS), None)
     return help_of(script) if script else None

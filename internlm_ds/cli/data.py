@@ -1,0 +1,21 @@
+"""`internlm-ds data TASK`: which tasks there are, and where each one lives."""
+
+from __future__ import annotations
+
+import argparse
+
+from internlm_ds.cli.tasks import Task, add_tasks, run_task
+
+TASKS = {
+    "check": Task("data_check", "look for faults in token files: which file, which line, what mends it"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One sub-command for each task."""
+    add_tasks(parser, TASKS)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do the task; returns the exit code."""
+    return run_task(args, TASKS)

@@ -1,0 +1,52 @@
+"""Findings as text for people, those of one kind and file together, and as JSON with every one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from internlm_ds.data.doctor.checks import Examined
+from internlm_ds.data.doctor.findings import ERROR, KINDS, Finding
+
+SHOWN = 3
+
+
+def as_text(findings: Sequence[Finding], examined: Sequence[Examined]) -> str:
+    """One paragraph for each kind and file, with the first few places, and a line of totals."""
+    groups: dict[tuple[str, str], list[Finding]] = {}
+    for finding in findings:
+        groups.setdefault((finding.path, finding.kind), []).append(finding)
+    paragraphs = [_paragraph(group) for group in groups.values()]
+    return "\n".join([*paragraphs, _totals(findings, examined)])
+
+
+def as_json(findings: Sequence[Finding], examined: Sequence[Examined]) -> dict[str, Any]:
+    """`{"files": [...], "findings": [...]}`."""
+    files = [
+        {"file": one.path, "samples": one.samples, "tokens": one.tokens, "bytes": one.num_bytes} for one in examined
+    ]
+    return {"files": files, "findings": [finding.as_json() for finding in findings]}
+
+
+def _paragraph(group: Sequence[Finding]) -> str:
+    kind = KINDS[group[0].kind]
+    times = f" ({len(group)} times)" if len(group) > 1 else ""
+    rows = [f"{group[0].path}: {kind.severity}: {kind.title}{times} [{group[0].kind}]"]
+    rows += [f"  {_place(finding)}{finding.message}" for finding in group[:SHOWN]]
+    if len(group) > SHOWN:
+        rows.append(f"  … and {len(group) - SHOWN} more (--json lists all)")
+    return "\n".join([*rows, f"  remedy: {kind.remedy}"])
+
+
+def _place(finding: Finding) -> str:
+    if finding.line is None:
+        return ""
+    at = "" if finding.offset_bytes is None else f", byte {finding.offset_bytes}"
+    return f"line {finding.line}{at}: "
+
+
+def _totals(findings: Sequence[Finding], examined: Sequence[Examined]) -> str:
+    errors = sum(finding.severity == ERROR for finding in findings)
+    samples, tokens = sum(one.samples for one in examined), sum(one.tokens for one in examined)
+    found = f"{errors} errors, {len(findings) - errors} warnings" if findings else "nothing wrong"
+    return f"{len(examined)} files, {samples} samples, {tokens} tokens: {found}"

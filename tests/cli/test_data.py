@@ -1,0 +1,42 @@
+"""`internlm-ds data`: exit codes and messages."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from internlm_ds.cli.main import main
+from internlm_ds.data.binmeta import Writer
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with Writer("set/en/a.bin") as writer:
+        for sample in ([1, 2, 3], [4, -5, 6], [7, 8]):
+            writer.write(sample)
+    return tmp_path / "set"
+
+
+def test_a_good_set_has_no_finding(folder, capsys):
+    assert main(["data", "check", "set"]) == 0
+    assert capsys.readouterr().out == "1 files, 3 samples, 8 tokens: nothing wrong\n"
+
+
+def test_a_fault_is_named_with_file_line_and_remedy(folder, capsys):
+    assert main(["data", "check", "set", "--vocab-size", "8"]) == 1
+    out = capsys.readouterr().out
+    assert "set/en/a.bin: error: " in out and "line 3, byte 45: id 8 where" in out and "  remedy: " in out
+
+
+def test_json_lists_every_finding(folder, capsys):
+    (folder / "en" / "a.bin.meta").unlink()
+    assert main(["data", "check", "set/en/a.bin", "--json"]) == 1
+    (finding,) = json.loads(capsys.readouterr().out)["findings"]
+    assert (finding["kind"], finding["file"]) == ("meta-missing", "set/en/a.bin")
+
+
+def test_a_path_that_does_not_exist_is_wrong_usage(folder, capsys):
+    assert main(["data", "check", "nowhere"]) == 2
+    assert "nowhere: no such file or folder" in capsys.readouterr().err
