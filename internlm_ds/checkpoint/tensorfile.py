@@ -176,7 +176,7 @@ class TensorReader:
             return tuple(self._file(file).get_slice(name).get_shape())
 
     def range(self, file: str, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements `[start, stop)` of a 1-D tensor; only these are read."""
+        """Indices `[start, stop)` of dimension 0; only these are read."""
         with _as_damage(self._folder / file):
             return self._file(file).get_slice(name)[start:stop]
 

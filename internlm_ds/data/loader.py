@@ -140,6 +140,12 @@ class TrainLoader:
             logger.warning(
                 "the training data has changed: %d packs at the checkpoint, %d now; the order differs", found, now
             )
+        before, after = state.get("data_world_size"), self.sampler.data_size
+        if before not in (None, after):
+            logger.info(
+                "data-parallel ranks were %s, are %d: the rest of epoch %d is dealt out anew in the same order",
+                *(before, after, self.sampler.epoch),
+            )
         self._position = self.sampler.state_dict()
 
     def close(self) -> None:

@@ -91,16 +91,19 @@ class StaticBatchSampler:
             "raw_rampup_batch_size": self.rampup,
             "data_world_size": self.data_size,
             "num_packs": self.num_packs,
+            # of the packs consumed, those that do not divide among the ranks; both only after ranks or sizes changed
+            "odd_packs": self._odd_packs,
+            "is_dealt_anew": self._is_dealt_anew,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state` was taken, in the order of an uninterrupted run.
 
-        `batch_size` may have changed: the rest of the epoch is cut into batches of the new size. So may the number of
-        ranks, if the packs consumed so far divide among the new ones. InternLM's own states are read as well.
+        `batch_size` and the number of ranks may have changed: the rest of the epoch, from the first pack that was not
+        consumed, is dealt out anew and cut to whole batches of the new size. InternLM's own states are read as well.
 
         Raises:
-            CheckpointError: Seed or ramp-up differ, or the ranks cannot share the position.
+            CheckpointError: Seed or ramp-up differ.
         """
         self._check_state(state)
         scratch = np.arange(self.num_packs)
@@ -112,8 +115,12 @@ class StaticBatchSampler:
         self.batch_count = int(state.get("epoch_start_batch_count", 0))
         self._begin_epoch()
         self.batch_count = int(state["batch_count"])
-        consumed = int(state["num_consumed_samples_in_epoch"]) * int(state["data_world_size"])
-        self.num_consumed_samples_in_epoch = consumed // self.data_size
+        sizes = int(state["data_world_size"]), int(state.get("batch_size", self.batch_size))
+        consumed = int(state["num_consumed_samples_in_epoch"]) * sizes[0] + int(state.get("odd_packs", 0))
+        if state.get("is_dealt_anew") or sizes != (self.data_size, self.batch_size):
+            self._deal_anew(consumed)
+        else:
+            self.num_consumed_samples_in_epoch = consumed // self.data_size
 
     @property
     def rng_state(self) -> Any:
@@ -152,11 +159,34 @@ class StaticBatchSampler:
         ramp, step = self._rampup_packs if self._in_rampup else 0, self.batch_size * self.data_size
         if self.num_packs < ramp:
             raise self._too_few(f"the ramp-up {self.rampup!r} on {self.data_size} data-parallel ranks takes {ramp}")
+        self._order: IntArray = order
         self.indices: IntArray = order[: (self.num_packs - ramp) // step * step + ramp]
         if len(self.indices) < self.batch_size:
             raise self._too_few(f"a step takes data.micro_num x data-parallel ranks = {step}")
         self._own = self.indices[self.data_rank :: self.data_size]
         self.num_consumed_samples_in_epoch = 0
+        self._odd_packs, self._is_dealt_anew = 0, False
+
+    def _deal_anew(self, consumed: int) -> None:
+        """Share the rest of this epoch's order, whatever was consumed of it and by how many ranks."""
+        rest = self._order[consumed:]
+        rest = rest[: self._whole_batches(len(rest))]
+        self.num_consumed_samples_in_epoch, self._odd_packs = divmod(consumed, self.data_size)
+        self._own = np.concatenate(
+            [self._order[: self.num_consumed_samples_in_epoch], rest[self.data_rank :: self.data_size]]
+        )
+        self._is_dealt_anew = True
+
+    def _whole_batches(self, packs: int) -> int:
+        """Packs, of so many, that the coming batches of all ranks use up."""
+        used, batch = 0, self.batch_count
+        while batch < self._rampup_batches:
+            step = self._plan.micro_num_at(batch) * self.data_size
+            if used + step > packs:
+                return used
+            used, batch = used + step, batch + 1
+        step = self.batch_size * self.data_size
+        return used + (packs - used) // step * step
 
     def _too_few(self, need: str) -> DataFormatError:
         message = f"the training data holds {self.num_packs} packs (of micro_bsz x seq_len tokens) but {need}; "
@@ -170,11 +200,6 @@ class StaticBatchSampler:
             if found != value:
                 message = f"the checkpoint's data order was made with {names[key]} = {found!r}, this run has {value!r}"
                 raise CheckpointError(f"{message}; set it back, or load without the sampler")
-        consumed = int(state["num_consumed_samples_in_epoch"]) * int(state["data_world_size"])
-        if consumed % self.data_size:
-            message = f"the checkpoint stands behind pack {consumed} of its epoch on {state['data_world_size']} "
-            message += f"data-parallel ranks, which {self.data_size} ranks cannot share evenly"
-            raise CheckpointError(f"{message}; resume on a number of ranks that divides {consumed}")
 
 
 class DataParallelSampler:
