@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from internlm_ds.config.schema import Config
-from internlm_ds.data import catalog, validation
+from internlm_ds.data import validation
 from internlm_ds.data.collate import BatchStats, MicroBatchArrays, micro_batch_arrays, row_arrays
-from internlm_ds.data.packing import Concatenation, Pack, PaddedBatcher, packer_for
+from internlm_ds.data.packing import Concatenation, Pack
 from internlm_ds.data.readahead import ReadAhead
 from internlm_ds.data.sampler import BatchSkipper, StaticBatchSampler
-from internlm_ds.data.synthetic import DATASET_TYPES, TRAIN_SAMPLES, SyntheticSamples
+from internlm_ds.data.trainset import build_sampler, open_train_set
 
 logger = logging.getLogger(__name__)
 
@@ -234,42 +234,8 @@ def build_dataset(config: Config, *, log: bool = True) -> PackedDataset:
     Raises:
         DataFormatError: Files are missing, damaged or do not fit the model's vocabulary.
     """
-    data = config.data
-    packer = packer_for(pack_sample_into_one=data.pack_sample_into_one, use_packed_dataset=data.use_packed_dataset)
-    length = data.micro_bsz * data.seq_len
-    if not data.train_folder:
-        samples = SyntheticSamples(
-            TRAIN_SAMPLES,
-            max_len=data.seq_len,
-            fixed_seqlen=data.fixed_random_dataset_seqlen,
-            vocab_size=config.model.vocab_size,
-        )
-        types: tuple[str, ...] = DATASET_TYPES
-        parts = [packer(samples, packed_length=length, seq_len=data.seq_len)]
-    else:
-        found = catalog.scan(data.train_folder, min_length=data.min_length, min_length_dict=data.min_length_dict)
-        types = found.dataset_types
-        parts = []
-        for file, kept in catalog.open_files(found, vocab_size=config.model.vocab_size, log=log):
-            parts.append(packer(kept, packed_length=length, seq_len=data.seq_len))
-            if log:
-                _report_packs(parts[-1], file.name)
-    rows = data.micro_bsz if packer is PaddedBatcher else None
-    return PackedDataset(Concatenation(parts), dataset_types=types, seq_len=data.seq_len, rows=rows)
-
-
-def build_sampler(
-    config: Config, num_packs: int, *, data_rank: int, data_size: int, seed: int | None = None
-) -> StaticBatchSampler:
-    """This rank's sampler as a configuration asks for it; `seed` replaces `data.seed`."""
-    return StaticBatchSampler(
-        num_packs,
-        batch_size=config.data.micro_num,
-        rampup=config.data.rampup_batch_size,
-        seed=config.data.seed if seed is None else seed,
-        data_rank=data_rank,
-        data_size=data_size,
-    )
+    found = open_train_set(config, log=log)
+    return PackedDataset(found.packs, dataset_types=found.dataset_types, seq_len=found.seq_len, rows=found.rows)
 
 
 def build_train_loader(config: Config, *, data_rank: int, data_size: int, seed: int | None = None) -> TrainLoader:
@@ -341,10 +307,3 @@ def _steps(
             yield StepBatch(index, [], BatchStats.of([]), True, len(numbers)), position
         else:
             yield dataset.step(numbers, index=index), position
-
-
-def _report_packs(part: Any, name: str) -> None:
-    if not len(part):
-        logger.warning("%s is left out: it does not fill one micro-batch of %d tokens", name, part.packed_length)
-    elif isinstance(part, PaddedBatcher) and part.num_empty_packs:
-        logger.warning("%s: %d of %d unpacked micro-batches hold no sample", name, part.num_empty_packs, len(part))
