@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from internlm_ds.data.binmeta import Reader
-from internlm_ds.data.samples import FileSamples, Mappings
+from internlm_ds.data.bintext import BinText, FileState, Mappings
+from internlm_ds.data.samples import FileSamples
 from internlm_ds.errors import DataFormatError
 
 logger = logging.getLogger(__name__)
@@ -140,16 +141,11 @@ def open_kept(
         DataFormatError: Bin or meta is missing, damaged, or they do not fit each other or the vocabulary.
     """
     reader = Reader(path)
+    text = BinText(path, vocab_size=vocab_size, mappings=mappings, state=FileState.of(path))
     keep = reader.lengths >= min_length if min_length > 0 else np.ones(len(reader), dtype=bool)
     lengths = reader.lengths[keep]
-    samples = FileSamples(
-        path,
-        offsets=reader.offsets[keep],
-        ends=np.cumsum(lengths, dtype=np.int64),
-        type_id=type_id,
-        vocab_size=vocab_size,
-        mappings=mappings,
-    )
+    ends = np.cumsum(lengths, dtype=np.int64)
+    samples = FileSamples(text, offsets=reader.offsets[keep], ends=ends, type_id=type_id)
     if vocab_size is not None:
         check_vocabulary(samples, vocab_size=vocab_size, count=samples_to_check)
     return KeptSamples(samples, len(reader), len(reader) - len(lengths), reader.num_tokens - int(lengths.sum()))

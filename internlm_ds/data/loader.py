@@ -19,9 +19,10 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from internlm_ds.config.schema import Config
-from internlm_ds.data import validation
-from internlm_ds.data.collate import BatchStats, MicroBatchArrays, micro_batch_arrays, row_arrays
-from internlm_ds.data.packing import Concatenation, Pack
+from internlm_ds.data import kernels, validation
+from internlm_ds.data.collate import BatchStats, MicroBatchArrays
+from internlm_ds.data.micro_batches import Counts, micro_batch, stats_of, worth_compiling
+from internlm_ds.data.packing import Concatenation
 from internlm_ds.data.readahead import ReadAhead
 from internlm_ds.data.sampler import BatchSkipper, StaticBatchSampler
 from internlm_ds.data.trainset import build_sampler, open_train_set
@@ -65,23 +66,24 @@ class PackedDataset(Dataset[MicroBatch]):
     def __init__(self, packs: Concatenation, *, dataset_types: Sequence[str], seq_len: int, rows: int | None = None):
         self.packs, self.dataset_types = packs, tuple(dataset_types)
         self.rows, self.seq_len = rows, seq_len
+        self._is_large = worth_compiling(packs)
 
     def __len__(self) -> int:
         return len(self.packs)
 
     def __getitem__(self, index: int) -> MicroBatch:
-        return self.micro_batch(self.packs[index])
-
-    def micro_batch(self, pack: Pack) -> MicroBatch:
-        """Tensors of a pack."""
-        if self.rows is None:
-            return as_tensors(micro_batch_arrays(pack))
-        return as_tensors(row_arrays(pack, rows=self.rows, seq_len=self.seq_len))
+        return as_tensors(self._arrays(index)[0])
 
     def step(self, numbers: Sequence[int], *, index: int) -> StepBatch:
         """The batch made of the packs named."""
-        packs = [self.packs[number] for number in numbers]
-        return StepBatch(index, [self.micro_batch(pack) for pack in packs], BatchStats.of(packs), False, len(packs))
+        made = [self._arrays(number) for number in numbers]
+        if self._is_large:
+            kernels.load_in_background()  # behind the first batch, which shall not wait for it
+        batch = [as_tensors(arrays) for arrays, _ in made]
+        return StepBatch(index, batch, stats_of([counts for _, counts in made]), False, len(made))
+
+    def _arrays(self, index: int) -> tuple[MicroBatchArrays, Counts]:
+        return micro_batch(self.packs, index, rows=self.rows, seq_len=self.seq_len)
 
 
 class TrainLoader:

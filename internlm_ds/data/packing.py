@@ -9,7 +9,7 @@ files and the tokens that do not fill one are dropped. `SegmentPacker` keeps the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -65,7 +65,7 @@ def positions_from(cu_seqlens: npt.NDArray[np.integer]) -> IntArray:
     return np.arange(int(cu_seqlens[-1]), dtype=np.int64) - starts
 
 
-def segment_borders(lengths: Sequence[int], *, seq_len: int) -> BorderArray:
+def segment_borders(lengths: Sequence[int] | IntArray, *, seq_len: int) -> BorderArray:
     """Attention borders of one pack: each piece of a sample is cut every `seq_len` tokens from its own start.
 
     Args:
@@ -78,13 +78,13 @@ def segment_borders(lengths: Sequence[int], *, seq_len: int) -> BorderArray:
     >>> segment_borders([5, 3], seq_len=4).tolist()
     [0, 4, 5, 8]
     """
-    assert all(length > 0 for length in lengths), f"empty pieces in {lengths}"
-    borders, start = [0], 0
-    for length in lengths:
-        borders.extend(range(start + seq_len, start + length, seq_len))
-        start += length
-        borders.append(start)
-    return np.array(borders, dtype=np.int32)
+    pieces = np.asarray(lengths, dtype=np.int64)
+    assert (pieces > 0).all(), f"empty pieces in {lengths}"
+    segments = -(-pieces // seq_len)
+    # every segment is a whole one but the last of its piece
+    sizes = np.full(int(segments.sum()), seq_len, dtype=np.int64)
+    sizes[np.cumsum(segments) - 1] = pieces - (segments - 1) * seq_len
+    return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
 
 
 def shuffled(samples: Samples) -> Samples:
@@ -97,8 +97,28 @@ def shuffled(samples: Samples) -> Samples:
     return samples.take(order)
 
 
-class _StreamPacker:
-    """Pack i is tokens `[i * P, (i + 1) * P)` of the concatenated samples; finding them is two binary searches."""
+@dataclass(frozen=True)
+class Span:
+    """Which samples make up a pack, as numbers in the packer's shuffled `samples`.
+
+    Attributes:
+        first, stop: Samples `first` to `stop - 1`; the first and the last may lie in it in part only.
+        skip: Tokens of sample `first` that belong to earlier packs.
+    """
+
+    first: int
+    stop: int
+    skip: int
+
+
+class StreamPacker:
+    """Pack i is tokens `[i * P, (i + 1) * P)` of the concatenated samples; finding them is two binary searches.
+
+    Attributes:
+        samples: The file's samples in the order of packing; `samples.ends` says where each stands in the stream.
+    """
+
+    sees_beyond_cut = True
 
     def __init__(self, samples: Samples, *, packed_length: int, seq_len: int):
         self.packed_length, self.seq_len = packed_length, seq_len
@@ -108,34 +128,46 @@ class _StreamPacker:
     def __len__(self) -> int:
         return int(self._ends[-1]) // self.packed_length if len(self._ends) else 0
 
-    def _pieces(self, index: int) -> list[tuple[IntArray, int, int]]:
-        """(sample, from, to) of each piece of a sample in pack `index`, none empty."""
+    def __getitem__(self, index: int) -> Pack:
+        tokens, labels, lengths = self._fill(self.span(index))
+        return Pack(tokens, labels, self.borders(lengths), np.full_like(tokens, self.samples.type_id))
+
+    def span(self, index: int) -> Span:
+        """The samples of pack `index`."""
         start = _checked(index, len(self)) * self.packed_length
-        stop = start + self.packed_length
-        first = int(np.searchsorted(self._ends, start, side="right"))
-        last = int(np.searchsorted(self._ends, stop, side="left"))
-        pieces = []
-        for number in range(first, last + 1):
-            sample = self.samples.read(number)
-            begin = int(self._ends[number]) - len(sample)
-            low, high = max(start - begin, 0), min(stop - begin, len(sample))
-            if high > low:
-                pieces.append((sample, low, high))
-        return pieces
+        ends = self._ends
+        first = int(ends.searchsorted(start, side="right"))
+        # nearly always among the next few hundred: a search there touches memory that the samples' own numbers share
+        last = first + int(ends[first : first + 256].searchsorted(start + self.packed_length))
+        if last == first + 256:
+            last = int(ends.searchsorted(start + self.packed_length))
+        return Span(first, last + 1, start - (int(ends[first - 1]) if first else 0))
 
-    def _fill(self, pieces: list[tuple[IntArray, int, int]], *, sees_beyond_cut: bool) -> tuple[IntArray, IntArray]:
-        """Tokens and labels of a pack; the label behind a cut sample is its next token, or none."""
-        tokens = np.concatenate([sample[low:high] for sample, low, high in pieces])
-        labels = np.empty_like(tokens)
-        labels[:-1] = tokens[1:]
-        at = 0
-        for sample, low, high in pieces:
-            at += high - low
-            labels[at - 1] = sample[high] if sees_beyond_cut and high < len(sample) else IGNORED
-        return tokens, labels
+    def lengths(self, span: Span) -> IntArray:
+        """Tokens of each whole sample of a span, int64."""
+        return np.diff(self._ends[span.first : span.stop], prepend=self._ends[span.first - 1] if span.first else 0)
+
+    def borders(self, pieces: IntArray) -> BorderArray:
+        """Borders of a pack that holds `pieces[j]` tokens of its j-th sample."""
+        raise NotImplementedError
+
+    def _fill(self, span: Span) -> tuple[IntArray, IntArray, IntArray]:
+        """Tokens, labels and tokens of each piece; the label behind a cut sample is its next token, or none."""
+        signed, lengths, stop = self.samples.read_span(span.first, span.stop), self.lengths(span), span.skip
+        stop += self.packed_length
+        is_cut = stop < len(signed)
+        labels = np.empty(self.packed_length, dtype=np.int64)
+        following = signed[span.skip + 1 : stop + 1]
+        labels[: len(following)] = following
+        sample_ends = np.cumsum(lengths)
+        labels[sample_ends[sample_ends <= stop][lengths[sample_ends <= stop] > 0] - span.skip - 1] = IGNORED
+        if is_cut and not self.sees_beyond_cut:
+            labels[-1] = IGNORED
+        pieces = np.diff(np.minimum(sample_ends, stop), prepend=span.skip)
+        return signed[span.skip : stop], labels, pieces[pieces > 0]
 
 
-class SegmentPacker(_StreamPacker):
+class SegmentPacker(StreamPacker):
     """Cut packing: attention sees one sample at a time, in segments of at most `seq_len` tokens.
 
     Labels run on over the borders inside a sample, and over the cut at the end of the pack. A sample that began in
@@ -144,14 +176,11 @@ class SegmentPacker(_StreamPacker):
     Source: InternEvo `PackedDatasetWithCut`.
     """
 
-    def __getitem__(self, index: int) -> Pack:
-        pieces = self._pieces(index)
-        tokens, labels = self._fill(pieces, sees_beyond_cut=True)
-        borders = segment_borders([high - low for _, low, high in pieces], seq_len=self.seq_len)
-        return Pack(tokens, labels, borders, np.full_like(tokens, self.samples.type_id))
+    def borders(self, pieces: IntArray) -> BorderArray:
+        return segment_borders(pieces, seq_len=self.seq_len)
 
 
-class FixedSegmentPacker(_StreamPacker):
+class FixedSegmentPacker(StreamPacker):
     """`pack_sample_into_one`: attention sees rows of `seq_len` tokens, whatever samples they hold.
 
     No label crosses a sample's end, nor the cut at the end of the pack. `packed_length` is a multiple of `seq_len`.
@@ -159,10 +188,10 @@ class FixedSegmentPacker(_StreamPacker):
     Source: InternEvo `PackedDatasetWithoutCuSeqlen`.
     """
 
-    def __getitem__(self, index: int) -> Pack:
-        tokens, labels = self._fill(self._pieces(index), sees_beyond_cut=False)
-        borders = np.arange(0, self.packed_length + 1, self.seq_len, dtype=np.int32)
-        return Pack(tokens, labels, borders, np.full_like(tokens, self.samples.type_id))
+    sees_beyond_cut = False
+
+    def borders(self, pieces: IntArray) -> BorderArray:
+        return np.arange(0, self.packed_length + 1, self.seq_len, dtype=np.int32)
 
 
 class PaddedBatcher:
@@ -194,8 +223,8 @@ class PaddedBatcher:
         tokens = np.zeros(self.packed_length, dtype=np.int64)
         labels, types = np.zeros_like(tokens), np.zeros_like(tokens)
         borders = [0]
-        for number in range(first, min(first + self.rows, len(self.samples))):
-            row = self.samples.read(number)[: self.seq_len]
+        stop_at = min(first + self.rows, len(self.samples))
+        for row in _rows_of(self.samples, first, stop_at, seq_len=self.seq_len):
             start, stop = borders[-1], borders[-1] + len(row)
             if len(row):
                 tokens[start:stop] = row
@@ -220,21 +249,38 @@ def packer_for(*, pack_sample_into_one: bool, use_packed_dataset: bool) -> Calla
 class Concatenation:
     """Packs of several files, one file after the other.
 
+    Attributes:
+        parts: One packer a file.
+        ends: int64 `(parts,)`; packs of all parts up to and including each.
+
     Source: torch `ConcatDataset`, which InternEvo uses here.
     """
 
     def __init__(self, parts: Sequence[PackSource]):
         self.parts = tuple(parts)
-        self._ends = np.cumsum([len(part) for part in self.parts], dtype=np.int64)
+        self.ends: IntArray = np.cumsum([len(part) for part in self.parts], dtype=np.int64)
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return int(self.ends[-1]) if len(self.ends) else 0
 
     def __getitem__(self, index: int) -> Pack:
+        part, number = self.locate(index)
+        return part[number]
+
+    def locate(self, index: int) -> tuple[PackSource, int]:
+        """The packer that makes pack `index`, and the pack's number there."""
         _checked(index, len(self))
-        part = int(np.searchsorted(self._ends, index, side="right"))
-        before = int(self._ends[part - 1]) if part else 0
-        return self.parts[part][int(index) - before]
+        place = int(self.ends.searchsorted(index, side="right"))
+        return self.parts[place], int(index) - (int(self.ends[place - 1]) if place else 0)
+
+
+def _rows_of(samples: Samples, first: int, stop: int, *, seq_len: int) -> Iterator[IntArray]:
+    """Samples one by one, each cut to `seq_len`, read in one call."""
+    if first < stop:
+        ends = samples.ends[first:stop] - (samples.ends[first - 1] if first else 0)
+        signed = samples.read_span(first, stop)
+        for begin, end in zip([0, *ends[:-1].tolist()], ends.tolist()):
+            yield signed[begin : min(end, begin + seq_len)]
 
 
 def _checked(index: int, length: int) -> int:

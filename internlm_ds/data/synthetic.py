@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from internlm_ds.data.binmeta import IntArray
-from internlm_ds.data.samples import lengths_of
+from internlm_ds.data.samples import joined, lengths_of
 
 SYNTHETIC_SEED = 1999
 TRAIN_SAMPLES = 1_000_000
@@ -66,3 +66,6 @@ class SyntheticSamples:
         tokens = np.arange(-2, length - 2, dtype=np.int64) % top
         tokens[:2] = (top, repeats)[:length]
         return tokens if self.vocab_size is None else tokens % self.vocab_size
+
+    def read_span(self, first: int, stop: int) -> IntArray:
+        return joined(self, first, stop)

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from internlm_ds.data.binmeta import IntArray
+from internlm_ds.data.bintext import Mappings
 from internlm_ds.data.catalog import open_kept, report_dropped, walk_bins
 from internlm_ds.data.collate import MicroBatchArrays, fixed_borders, jsonl_collate
 from internlm_ds.data.sampler import DataParallelSampler
-from internlm_ds.data.samples import Mappings, Samples
+from internlm_ds.data.samples import Samples
 from internlm_ds.data.synthetic import VALID_SAMPLES_PER_RANK, SyntheticSamples
 from internlm_ds.errors import DataFormatError
 

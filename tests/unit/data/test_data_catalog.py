@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from internlm_ds.data import binmeta, catalog
-from internlm_ds.data.samples import FileSamples, Mappings, lengths_of, parse_line
+from internlm_ds.data.bintext import BinText, Mappings, parse_line
+from internlm_ds.data.samples import FileSamples, lengths_of
 from internlm_ds.errors import DataFormatError
 
 
@@ -119,26 +120,41 @@ def test_stale_meta(tmp_path: Path, change: object) -> None:
 def test_bin_changed_while_training(tmp_path: Path) -> None:
     path = write_bin(tmp_path / "en/x.bin", [[1, 2], [3, 4], [5, 6]])
     kept = catalog.open_kept(str(path)).samples
+    kept.read_span(0, 3)
+    os.utime(path, ns=(0, 0))
+    with pytest.raises(DataFormatError, match=r"x\.bin: the file has changed under this run: it was written to since"):
+        kept.read(1)
+    os.truncate(path, 20)  # behind its end a mapping would kill the process
+    for read in (kept.read, lambda number: kept.read_span(0, number)):
+        with pytest.raises(
+            DataFormatError, match=r"changed under this run: 57 bytes at the start, 20 now; put the old"
+        ):
+            read(2)
+
+
+def test_bin_of_another_text(tmp_path: Path) -> None:
+    path = tmp_path / "x.bin"
     for text, message in (
         (b'{"tokens": [1, 2]}\n{"tokens": [3, 44', r"x\.bin, line 2, byte 19: torn or damaged line"),
         (b'{"tokens": [1, 2]}\n{"tokens": [3, 4, 5]}\n', r"x\.bin, line 2, byte 19: 3 tokens where the meta says 2"),
         (b'{"tokens": [1, 2]}{"tokens": [3, 4]}\n\n', r"x\.bin, line 1, byte 19: no line starts here: the meta"),
     ):
         path.write_bytes(text)
-        kept.mappings = Mappings()
-        with pytest.raises(DataFormatError, match=message):
-            kept.read(1)
+        samples = FileSamples(BinText(str(path)), offsets=np.array([0, 19]), ends=np.array([2, 4]))
+        for read in (samples.read, lambda number, samples=samples: samples.read_span(number, 2)):
+            with pytest.raises(DataFormatError, match=message):
+                read(1)
 
 
 def test_bin_gone_while_training(tmp_path: Path) -> None:
     path = write_bin(tmp_path / "en/x.bin", [[1, 2]])
     kept = catalog.open_kept(str(path)).samples
-    for spoil in (lambda: path.write_bytes(b""), path.unlink):
-        spoil()
-        with pytest.raises(
-            DataFormatError, match=r"x\.bin: the file was there at the start and cannot be read any more"
-        ):
-            kept.read(0)
+    path.unlink()
+    with pytest.raises(DataFormatError, match=r"x\.bin: the file was there at the start and cannot be read any more"):
+        kept.read(0)
+    path.write_bytes(b"")
+    with pytest.raises(DataFormatError, match=r"x\.bin: .* cannot be read any more .*put it back and resume"):
+        FileSamples(BinText(str(path)), offsets=np.array([0]), ends=np.array([1])).read(0)
 
 
 def test_ids_beyond_the_vocabulary_are_found_before_training(tmp_path: Path) -> None:
@@ -190,7 +206,8 @@ def test_memory_is_the_rows_of_the_meta(tmp_path: Path) -> None:
 def test_many_files_need_few_handles(tmp_path: Path) -> None:
     mappings = Mappings(limit=2)
     paths = [str(write_bin(tmp_path / f"{number}.bin", [[number]])) for number in range(5)]
-    files = [FileSamples(path, offsets=np.array([0]), ends=np.array([1]), mappings=mappings) for path in paths]
+    texts = [BinText(path, mappings=mappings) for path in paths]
+    files = [FileSamples(text, offsets=np.array([0]), ends=np.array([1])) for text in texts]
     assert [file.read(0).tolist() for file in files * 2] == [[n] for n in range(5)] * 2
     assert len(mappings._open) == 2
 
