@@ -16,8 +16,8 @@ import torch
 from internlm_ds.arch.spec import ModelArch
 from internlm_ds.checkpoint import address as addresses
 from internlm_ds.checkpoint import manifest as manifests
-from internlm_ds.checkpoint.agree import Comm, Solo, on_first_rank
-from internlm_ds.checkpoint.formats import hf, internlm, native
+from internlm_ds.checkpoint.agree import Comm, Solo, collect, on_first_rank
+from internlm_ds.checkpoint.formats import hf, internlm, internlm_run, native
 from internlm_ds.checkpoint.search import Candidate, Format, detect, find_checkpoints
 from internlm_ds.checkpoint.storage import base
 from internlm_ds.config.schema import CkptConfig, Config
@@ -131,6 +131,12 @@ def plan_start(config: Config, *, comm: Comm | None = None, verify: bool = True,
     start = on_first_rank(comm, lambda: _load(*asked, nothing=nothing, dry_run=dry_run), doing="looking for weights")
     if start.kind == "native" and verify:
         native.open(start.path, verify=True, comm=comm)
+    if start.kind == "internlm" and verify:
+        collect(
+            comm,
+            lambda: internlm_run.check(start.path, share=(comm.rank, comm.world_size)),
+            doing=f"checking {start.path}",
+        )
     return start
 
 
@@ -183,9 +189,8 @@ def _check(candidate: Candidate, *, comm: Comm, verify: bool) -> None:
         native.open(candidate.path, verify=True, comm=comm)
     if candidate.kind == "internlm" and verify:
         try:
-            on_first_rank(
-                comm, lambda: len(internlm.find_model_files(candidate.path)), doing=f"checking {candidate.path}"
-            )
+            share = (comm.rank, comm.world_size)
+            collect(comm, lambda: internlm_run.check(candidate.path, share=share), doing=f"checking {candidate.path}")
         except CheckpointError as error:
             raise CheckpointDamagedError(str(error)) from error
 
@@ -219,7 +224,10 @@ def _load(text: str, parts: frozenset[str], ckpt_type: str, key: str, *, nothing
         )
     kind = _kind(folder, ckpt_type=ckpt_type, key=key)
     parts, note = _readable(folder, kind, parts, explicit=parts != frozenset(PARTS))
-    step = native.open(folder, verify=False).step if kind == "native" else None
+    step = {
+        "native": lambda: native.open(folder, verify=False).step,
+        "internlm": lambda: internlm_run.step_of(folder),
+    }.get(kind, lambda: None)()
     return Start(folder, kind, parts, _reason(folder, kind, parts, f"{key}; {nothing}{note}"), step=step)
 
 
@@ -247,6 +255,8 @@ def _readable(path: Path, kind: Format, parts: frozenset[str], *, explicit: bool
     if kind == "native":
         held = frozenset(PARTS) if manifests.read(path).fragments else frozenset({"model"})
         why = "it holds the weights only"
+    elif kind == "internlm":
+        held, why = internlm_run.held_parts(path), "files of its other parts are not there"
     else:
         held, why = frozenset({"model"}), f"this version reads only the weights of a checkpoint of type {kind!r}"
     lost = [name for name in PARTS if name in parts - held]

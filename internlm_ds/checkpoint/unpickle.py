@@ -12,8 +12,10 @@ storage, `NAME/byteorder`.
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import pickletools
+import struct
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +48,9 @@ _OPCODES = {
     *("GET", "BINGET", "LONG_BINGET", "PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"),
     *("GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "BINPERSID"),
 }
+_PIECE_BYTES = 1 << 20
+_NAME_LENGTH_AT = 26
+"""Of a zip file's local header: two bytes each for the lengths of name and extra field, the content behind both."""
 _MEMO_WRITES = {"PUT", "BINPUT", "LONG_BINPUT"}
 
 
@@ -74,11 +79,25 @@ def load(path: str | Path, *, lazy: bool = False) -> Any:
         raise CheckpointDamagedError(f"{path}: cannot be unpickled: {type(error).__name__}: {error}") from error
 
 
+def check(path: str | Path) -> None:
+    """Read a file whole, against the checksums in it, and keep nothing.
+
+    Raises:
+        CheckpointError: As `load`.
+        CheckpointDamagedError: A record differs from its checksum.
+    """
+    archive = _Archive(Path(path))
+    _inspect(archive.program(), path=archive.path)
+    for name in archive.sizes:
+        archive.read_range(name.removeprefix(archive.prefix), 0, 0)
+
+
 class _Archive:
     """The zip file of one `torch.save`; every record is checked against its CRC when it is read."""
 
     def __init__(self, path: Path):
         self.path = path
+        self._places: dict[str, int] = {}
         try:
             with zipfile.ZipFile(path) as archive:
                 self.sizes = {item.filename: item.file_size for item in archive.infolist()}
@@ -107,6 +126,33 @@ class _Archive:
         except KeyError:
             raise CheckpointDamagedError(f"{self.path}: its record {name!r} is missing") from None
         except (zipfile.BadZipFile, OSError) as error:
+            raise CheckpointDamagedError(f"{self.path}: its record {name!r} is damaged: {error}") from error
+
+    def read_range(self, name: str, start: int, num_bytes: int) -> bytes:
+        """Part of a record; the whole record is compared with its CRC the first time."""
+        if name not in self._places:
+            self._places[name] = self._checked_place(name)
+        with self.path.open("rb") as file:
+            file.seek(self._places[name] + start)
+            data = file.read(num_bytes)
+        if start < 0 or start + num_bytes > self.sizes[self.prefix + name] or len(data) != num_bytes:
+            raise CheckpointDamagedError(f"{self.path}: its record {name!r} ends before byte {start + num_bytes}")
+        return data
+
+    def _checked_place(self, name: str) -> int:
+        """Byte of the file at which a record's content begins, once all of it was read against its CRC."""
+        try:
+            with zipfile.ZipFile(self.path) as archive, self.path.open("rb") as file:
+                item = archive.getinfo(self.prefix + name)
+                with archive.open(item) as record:
+                    while record.read(_PIECE_BYTES):
+                        pass
+                file.seek(item.header_offset + _NAME_LENGTH_AT)
+                name_bytes, extra_bytes = struct.unpack("<HH", file.read(4))
+                return item.header_offset + _NAME_LENGTH_AT + 4 + name_bytes + extra_bytes
+        except KeyError:
+            raise CheckpointDamagedError(f"{self.path}: its record {name!r} is missing") from None
+        except (zipfile.BadZipFile, OSError, struct.error) as error:
             raise CheckpointDamagedError(f"{self.path}: its record {name!r} is damaged: {error}") from error
 
 
@@ -207,6 +253,11 @@ class LazyTensor:
         last = self.offset + sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
         if 0 in self.shape:
             return torch.empty(self.shape, dtype=self.dtype)
+        if self._is_part:
+            size = self.dtype.itemsize
+            key, numel = f"data/{self.storage.key}", math.prod(self.shape)
+            data = self.archive.read_range(key, self.offset * size, numel * size)
+            return torch.frombuffer(bytearray(data), dtype=self.dtype).view(self.shape)
         data = self.archive.read(f"data/{self.storage.key}")
         numel = len(data) // self.dtype.itemsize
         if min(self.offset, *self.shape, *self.stride, 0) < 0 or last >= numel:
@@ -220,6 +271,26 @@ class LazyTensor:
             if view.is_contiguous() and view.numel() == numel
             else view.clone(memory_format=torch.contiguous_format)
         )
+
+    @property
+    def _is_part(self) -> bool:
+        """One run of elements, and not the whole storage: need not be read as a whole."""
+        strides = tuple(math.prod(self.shape[dim + 1 :]) for dim in range(len(self.shape)))
+        return self.stride == strides and self.offset >= 0 and math.prod(self.shape) < self.storage.numel
+
+    def part(self, start: int, shape: tuple[int, ...]) -> LazyTensor:
+        """Elements from `start` on of a 1-D tensor, as a tensor of this shape that still lies in the file.
+
+        Raises:
+            CheckpointDamagedError: It has fewer elements.
+        """
+        assert len(self.shape) == 1 and self.stride == (1,), f"not 1-D and contiguous: {self.shape}, {self.stride}"
+        if start + math.prod(shape) > self.shape[0]:
+            raise CheckpointDamagedError(
+                f"{self.archive.path}: {list(shape)} from element {start} on of a tensor of {self.shape[0]} elements"
+            )
+        strides = tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
+        return LazyTensor(self.archive, self.storage, self.offset + start, shape, strides)
 
 
 @dataclass

@@ -10,7 +10,9 @@ import logging
 import time
 from typing import Any, Protocol
 
+from internlm_ds.arch.spec import ModelArch
 from internlm_ds.checkpoint.formats import native
+from internlm_ds.checkpoint.formats.internlm_run import InternlmRun
 from internlm_ds.checkpoint.manager import CheckpointManager, SaveTask, Start, plan_start
 from internlm_ds.engine import state as engine_state
 from internlm_ds.engine.engine import Engine
@@ -47,6 +49,7 @@ class RunCheckpoints:
         self.engine, self.loader, self.spec = engine, loader, spec
         self.context, self.comm = context, comm
         self.stop_requested = False
+        self._idle_scale: dict[str, Any] | None = None
         ckpt, data = spec.config.ckpt, spec.config.data
         self.start = plan_start(spec.config, comm=comm)
         last_saved = self.start.step if self.start.is_resume else None
@@ -103,7 +106,7 @@ class RunCheckpoints:
             **state.to_json(),
             "num_consumed_samples_in_epoch": position.get("num_consumed_samples_in_epoch"),
             "optimizer_updates": engine_state.num_updates(self.engine),
-            "loss_scale": None if scaler is None else scaler.state.state_dict(),
+            "loss_scale": self._idle_scale if scaler is None else scaler.state.state_dict(),
             "sampler": position,
         }
 
@@ -124,19 +127,40 @@ class RunCheckpoints:
             return
         if start.kind == "native":
             together(self.comm, lambda: self._restore_native(start, state))
+        elif start.kind == "internlm" and start.parts != {"model"}:
+            together(self.comm, lambda: self._restore_internlm(start, state))
         else:
             together(self.comm, lambda: self._restore_weights_only(start))
 
     def _restore_native(self, start: Start, state: TrainState) -> None:
         saved = native.open(start.path, verify=False)  # plan_start has compared it with its checksums
         self._check_fits(saved)
+        if "optimizer" in start.parts and not saved.kinds:
+            raise CheckpointError(
+                f"{start.path} holds weights but no optimizer state; load it with "
+                'load_ckpt_info = dict(…, content=("model",))'
+            )
+        self._restore(start, saved, state)
+        if start.is_resume and saved.layout == self.spec.layout:
+            states = saved.rng_state(self.context.rank)
+            if states is not None:
+                rng.set_state(states)
+
+    def _restore_internlm(self, start: Start, state: TrainState) -> None:
+        """A run that InternLM began, or that was converted for it."""
+        mlp_names = self.spec.config.internlm_ds.compat.mlp_names
+        self._restore(start, InternlmRun(start.path, arch=self._arch(start), mlp_names=mlp_names), state)
+
+    def _restore(self, start: Start, saved: native.NativeCheckpoint | InternlmRun, state: TrainState) -> None:
+        """Each part that `start` names, into where it belongs."""
         values = saved.train_state
+        weights = saved if isinstance(saved, native.NativeCheckpoint) else saved.weights.__getitem__
         if "model" in start.parts:
-            engine_state.load_weights(self.engine, saved)
+            engine_state.load_weights(self.engine, weights)
         if "optimizer" in start.parts:
             self._restore_optimizer(start, saved, values)
         elif start.refresh_masters:
-            engine_state.refresh_masters(self.engine, saved)
+            engine_state.refresh_masters(self.engine, weights)
         if "scheduler" in start.parts:
             state.step_count = int(values["step_count"])
             state.inf_nan_skip_batches = int(values["inf_nan_skip_batches"])
@@ -145,10 +169,6 @@ class RunCheckpoints:
             self.loader.load_state_dict(values["sampler"])
             state.batch_count = int(values["batch_count"])
             state.num_consumed_tokens = int(values["num_consumed_tokens"])
-        if start.is_resume and saved.layout == self.spec.layout:
-            states = saved.rng_state(self.context.rank)
-            if states is not None:
-                rng.set_state(states)
 
     def _check_fits(self, saved: native.NativeCheckpoint) -> None:
         if self.spec.arch is not None:
@@ -166,12 +186,9 @@ class RunCheckpoints:
                 f"{saved.folder} does not fit the model ({len(problems)} parameters):\n  " + "\n  ".join(problems)
             )
 
-    def _restore_optimizer(self, start: Start, saved: native.NativeCheckpoint, values: dict[str, Any]) -> None:
-        if not saved.kinds:
-            raise CheckpointError(
-                f"{start.path} holds weights but no optimizer state; load it with "
-                'load_ckpt_info = dict(…, content=("model",))'
-            )
+    def _restore_optimizer(
+        self, start: Start, saved: native.NativeCheckpoint | InternlmRun, values: dict[str, Any]
+    ) -> None:
         updates = int(values["optimizer_updates"])
         engine_state.load_fragments(self.engine, saved.fragment, num_updates=updates)
         if "model" not in start.parts:
@@ -181,14 +198,19 @@ class RunCheckpoints:
         if scaler is not None and held is not None:
             scaler.state.load_state_dict(held)
             scaler.refresh()
+        # InternLM keeps a scale in bf16 too; it must be there again when the run goes back
+        self._idle_scale = held if scaler is None else None
 
     def _restore_weights_only(self, start: Start) -> None:
         """Another system's files: merged over their ranks, at whatever layout this run has."""
+        weights = start.weights(self._arch(start), mlp_names=self.spec.config.internlm_ds.compat.mlp_names)
+        engine_state.load_weights(self.engine, weights.__getitem__)
+        engine_state.refresh_masters(self.engine, weights.__getitem__)
+
+    def _arch(self, start: Start) -> ModelArch:
         if self.spec.arch is None:
             raise CheckpointError(
                 f"model_type = {self.spec.config.model_type!r} has no table of parameters that the checkpoint "
                 f"{start.path} ({start.kind}) could be matched with; load a native checkpoint instead"
             )
-        weights = start.weights(self.spec.arch, mlp_names=self.spec.config.internlm_ds.compat.mlp_names)
-        engine_state.load_weights(self.engine, weights.__getitem__)
-        engine_state.refresh_masters(self.engine, weights.__getitem__)
+        return self.spec.arch

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import cases
 import numpy as np
 import pytest
+import tiny_runs
 import torch
 
 from internlm_ds.arch import internlm as blueprint
 from internlm_ds.checkpoint import unpickle
 from internlm_ds.checkpoint.formats import internlm
+from internlm_ds.checkpoint.formats.internlm_run import InternlmRun
 from internlm_ds.checkpoint.manager import find_checkpoints
 from internlm_ds.convert.sources import model_of_dict
+from internlm_ds.data.binmeta import Writer
 
 LEARNED = 0.02
 """How far four updates at a rate of at most 1e-3 can carry a weight, rounded to bf16; misplaced ones differ by 0.1."""
@@ -102,3 +106,114 @@ def test_checkpoints_settings_are_read(case):
     for found in find_checkpoints(case / "ckpt"):
         stored = internlm.read_model_config(found.path)
         assert {key: str(value) for key, value in stored.items()} == {key: str(value) for key, value in kwargs.items()}
+
+
+# ---- runs that the reference began go on here ------------------------------------------------------------------------
+
+CONTINUED = """
+ckpt = dict(
+    enable_save_ckpt=True, save_ckpt_folder="local:{here}/ckpt", checkpoint_every=float("inf"), auto_resume=False,
+    load_ckpt_info=dict(path="local:{start}", content=("all",), ckpt_type="internlm"),
+)
+data = dict(
+    seq_len=16, micro_num=2, micro_bsz=2, total_steps={total}, pack_sample_into_one=False,
+    train_folder="{here}/data", num_worker=0,
+)
+grad_scaler = dict(
+    fp16=dict(initial_scale=2**16, min_scale=1, growth_interval=1000),
+    growth_factor=2, backoff_factor=0.5, max_scale=2**24, hysteresis=2,
+)
+hybrid_zero_optimizer = dict(reduce_bucket_size=2**16, clip_grad_norm=1.0)
+loss = dict(label_smoothing=0)
+adam = dict(lr=1e-3, adam_beta1=0.9, adam_beta2=0.95, adam_beta2_c=0, adam_eps=1e-8, weight_decay=0.01)
+lr_scheduler = dict(total_steps=20, init_steps=0, warmup_ratio=0.25, eta_min=1e-4)
+beta2_scheduler = dict(init_beta2=0.95, c=0, cur_iter=-1)
+model_type = {model_type!r}
+model = dict({model})
+parallel = dict(zero1=-1, tensor=1, pipeline=dict(size=1, interleaved_overlap=False), sequence_parallel=False)
+enable_tb = False
+"""
+SPLITS = {"pp2": "parallel.pipeline=2", "tp2": "parallel.tensor=2"}
+SAME_STEP = 2e-2
+"""Loss of a bf16 model on another layout."""
+
+
+def continued(case: Path, start: Path, here: Path, *overrides: str, ranks: int = 1) -> tuple[list[dict], dict]:
+    """Two more steps from a checkpoint of the reference: their lines, and the train state at the end."""
+    layout = described(case)
+    kwargs = {key: value for key, value in layout["model_kwargs"].items() if key != "num_chunks"}
+    model = ", ".join(f"{key}={value!r}" for key, value in kwargs.items())
+    step = next(int(m[1]) for path in start.iterdir() if (m := internlm.STEP_FILE.fullmatch(path.name)))
+    text = CONTINUED.format(here=here, start=start, model=model, model_type=layout["model_type"], total=step + 2)
+    here.mkdir()
+    (here / "config.py").write_text(text)
+    with Writer(here / "data" / "en" / "a.bin") as writer:
+        rng = np.random.default_rng(0)
+        for _ in range(200):
+            writer.write(rng.integers(1, layout["model_kwargs"]["vocab_size"], size=rng.integers(4, 40)).tolist())
+    lines = tiny_runs.train(here / "config.py", here / "run", *overrides, ranks=ranks)
+    return lines, json.loads((here / "ckpt" / str(step + 2) / "train_state.json").read_text())
+
+
+@pytest.mark.timeout(240)
+def test_checkpoints_runs_go_on_at_other_layouts(case, tmp_path):
+    v1_model(case)
+    start = find_checkpoints(case / "ckpt")[-1].path
+    context, sampler = (unpickle.load(start / f"{name}.pt") for name in ("context", "sampler"))
+    losses = []
+    for name, override in SPLITS.items():
+        lines, state = continued(case, start, tmp_path / name, override, ranks=2)
+        steps = context["step_count"]
+        assert [line["step"] for line in lines] == [context["batch_count"] + 1, context["batch_count"] + 2]
+        assert [line["step_count"] for line in lines] == [steps + 1, steps + 2]
+        base, warmup = 1e-3, 5
+        assert [line["lr_used"] for line in lines] == pytest.approx(
+            [base * (n + 1) / warmup for n in (steps, steps + 1)]
+        )
+        losses.append([line["loss"] for line in lines])
+        # two micro-batches a step, and those that all ranks of the earlier run have seen
+        seen = sampler["num_consumed_samples_in_epoch"] * sampler["data_world_size"] + 2 * 2
+        assert state["sampler"]["num_consumed_samples_in_epoch"] == seen
+        assert state["optimizer_updates"] == steps + 2
+        assert state["loss_scale"] == {"scale": 65536.0, "growth_step": steps, "hysteresis_step": 0}
+    if described(case)["world"] == 1:
+        losses.append([line["loss"] for line in continued(case, start, tmp_path / "plain")[0]])
+    for other in losses[1:]:
+        np.testing.assert_allclose(other, losses[0], rtol=SAME_STEP)
+
+
+def test_checkpoints_optimizer_states_are_whole(case):
+    """Each parameter's master rounds to its weight; moments are those of the gradients that the README gives."""
+    arch = blueprint.build(v1_model(case))
+    for found in find_checkpoints(case / "ckpt"):
+        run = InternlmRun(found.path, arch=arch)
+        assert run.train_state["optimizer_updates"] == found.step
+        for name, weight in run.weights.items():
+            assert torch.equal(run.state("master")[name].to(weight.dtype), weight), name
+            assert run.state("exp_avg")[name].shape == run.state("exp_avg_sq")[name].shape == weight.shape
+
+
+def test_checkpoints_moments_lie_where_the_plan_says(case):
+    """The slow way: walk through each file's plan by hand, compare every parameter's part with its shard."""
+    arch = blueprint.build(v1_model(case))
+    folder = find_checkpoints(case / "ckpt")[0].path
+    run, tensor_size = InternlmRun(folder, arch=arch), described(case)["tp"]
+    compared = 0
+    for path in sorted(folder.glob("optimizer_*.pt")):
+        rank, stage, zero = (int(number) for number in re.findall(r"\d+", path.stem))
+        content = unpickle.load(path)
+        state = unpickle.load(folder / f"model_tp{rank}_pp{stage}.pt")
+        by_size = sorted(state, key=lambda name: -state[name].numel())
+        position = 0
+        for entry in content["zero_devide_optim_plan"][0][zero]:
+            name = by_size[int(entry.split("_")[0])]
+            for kind in ("exp_avg", "exp_avg_sq"):
+                flat = content["base_optim_states"]["state"][0][kind]
+                part = flat[position : position + state[name].numel()].view(state[name].shape)
+                if described(case)["pp"] == 1:  # else local layer numbers are not the global ones
+                    spec = next(spec for spec in arch.iter_params() if spec.name == name)
+                    shard = internlm.split(run.state(kind)[name], spec, tensor_size=tensor_size)[rank]
+                    assert torch.equal(shard, part), (path.name, name, kind)
+                    compared += 1
+            position += state[name].numel()
+    assert compared or described(case)["pp"] > 1

@@ -2,7 +2,7 @@
 
 Reads weights of any tensor and pipeline size into whole parameters under their logical names, one parameter at a
 time, and writes them again for any layout. The opening of `.pt` files is `unpickle`'s; names and shapes are the
-blueprint's. Optimizer files are not read in this version.
+blueprint's. What lies beside the weights (optimizer, counters, sampler) is `internlm_run`'s.
 
 Layer numbers start at 0 in every stage and chunk; with several chunks the names begin with `{chunk}.model.`. The
 global number counts chunk by chunk, within a chunk stage by stage.
@@ -16,7 +16,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -36,6 +36,18 @@ _NAME = re.compile(r"(?:(\d+)\.)?(?:model\.)?(?:(blocks|layers)\.(\d+)\.)?(.+)$"
 EMBEDDING_SPLIT = {"embedding.weight": 1, "embedding.word_embeddings.weight": 0}
 EMBEDDINGS = dict(zip(EMBEDDING_SPLIT, reversed(EMBEDDING_SPLIT), strict=True))
 _MLP_2023 = {"mlp.w2.weight": "mlp.w3.weight", "mlp.w3.weight": "mlp.w2.weight"}
+
+
+class Stored(Protocol):
+    """A tensor that still lies in a file, a weight or a piece of optimizer state."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def load(self) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -66,10 +78,32 @@ def read_weights(folder: str | Path, *, arch: ModelArch, mlp_names: str | None =
             another shape (all of them listed).
     """
     folder = Path(folder)
-    files = find_model_files(folder)
     _check_model_config(folder, arch=arch)
-    shards = _collect(files)
-    tensor_size = 1 + max(rank for rank, _ in files)
+    return merged(read_states(folder), folder=folder, arch=arch, mlp_names=mlp_names)
+
+
+def read_states(folder: Path) -> dict[tuple[int, int], dict[str, LazyTensor]]:
+    """`(tensor rank, stage)` to that file's state dict, the tensors left in the file.
+
+    Raises:
+        CheckpointError: No such files, files of some ranks missing, or one that is no state dict.
+    """
+    return {key: _read_state(path) for key, path in sorted(find_model_files(folder).items())}
+
+
+def merged(
+    states: Mapping[tuple[int, int], Mapping[str, Stored]], *, folder: Path, arch: ModelArch, mlp_names: str | None
+) -> Mapping[str, torch.Tensor]:
+    """Whole parameters by logical name from the parts that ranks hold under their local names.
+
+    Args:
+        states: By `(tensor rank, stage)`.
+        folder: For messages.
+    Raises:
+        CheckpointError: Parameters are missing, extra or of another shape (all of them listed).
+    """
+    shards = _collect(states)
+    tensor_size = 1 + max(rank for rank, _ in states)
     if _mlp_names(shards, folder=folder, asked=mlp_names) == "2023":
         shards = {_exchange(name): tensors for name, tensors in shards.items()}
     sources = _with_aliases(shards, arch)
@@ -144,12 +178,10 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     return stored
 
 
-def _collect(files: dict[tuple[int, int], Path]) -> dict[str, list[LazyTensor]]:
+def _collect(states: Mapping[tuple[int, int], Mapping[str, Stored]]) -> dict[str, list[Stored]]:
     """Logical name to the shards of all tensor ranks, in rank order (fewer where only some hold it)."""
-    pipe = max(p for _, p in files) + 1
-    states = {key: _read_state(path) for key, path in sorted(files.items())}
-    first_layer = _first_layers(states, pipe=pipe)
-    shards: dict[str, list[LazyTensor]] = defaultdict(list)
+    first_layer = _first_layers(states, pipe=max(p for _, p in states) + 1)
+    shards: dict[str, list[Stored]] = defaultdict(list)
     for (_, stage), state in states.items():
         for name, tensor in state.items():
             key = _Key.parse(name)
@@ -167,9 +199,7 @@ def _read_state(path: Path) -> dict[str, LazyTensor]:
     return {name: tensor for name, tensor in state.items() if not name.endswith("inv_freq")}
 
 
-def _first_layers(
-    states: Mapping[tuple[int, int], Mapping[str, LazyTensor]], *, pipe: int
-) -> dict[tuple[int, int], int]:
+def _first_layers(states: Mapping[tuple[int, int], Mapping[str, Stored]], *, pipe: int) -> dict[tuple[int, int], int]:
     """`(chunk, stage)` to the global number of its first layer, from what tensor rank 0's files hold."""
     counts: dict[tuple[int, int], int] = defaultdict(int)
     for (tensor, stage), state in states.items():
@@ -186,7 +216,7 @@ def _first_layers(
     return first
 
 
-def _mlp_names(shards: Mapping[str, list[LazyTensor]], *, folder: Path, asked: str | None) -> str:
+def _mlp_names(shards: Mapping[str, list[Stored]], *, folder: Path, asked: str | None) -> str:
     """Which of w2 and w3 is the row matrix: "2024" says w2, "2023" says w3. w1 is a column matrix in both."""
     first = {n: shards[key][0].shape for n in ("w1", "w2", "w3") if (key := f"blocks.0.mlp.{n}.weight") in shards}
     if len(first) < 3:
@@ -221,7 +251,7 @@ def _exchange(name: str) -> str:
 class _Weights(Mapping[str, torch.Tensor]):
     """Merges a parameter's shards when it is asked for, so that one parameter at a time is in memory."""
 
-    def __init__(self, sources: Mapping[str, tuple[ParamSpec, list[LazyTensor]]]):
+    def __init__(self, sources: Mapping[str, tuple[ParamSpec, list[Stored]]]):
         self._sources = sources
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -259,9 +289,7 @@ def split(tensor: torch.Tensor, spec: ParamSpec, *, tensor_size: int) -> list[to
     return [piece.flatten(dim, dim + 1).contiguous() for piece in pieces]
 
 
-def _with_aliases(
-    shards: dict[str, list[LazyTensor]], arch: ModelArch
-) -> dict[str, tuple[ParamSpec, list[LazyTensor]]]:
+def _with_aliases(shards: dict[str, list[Stored]], arch: ModelArch) -> dict[str, tuple[ParamSpec, list[Stored]]]:
     """Blueprint name to the spec as the files split it, and its shards.
 
     An embedding has one of two names, each with its own way to be split; whole, they are the same matrix.
@@ -276,8 +304,8 @@ def _with_aliases(
 
 
 def _compare(
-    shards: Mapping[str, list[LazyTensor]],
-    sources: Mapping[str, tuple[ParamSpec, list[LazyTensor]]],
+    shards: Mapping[str, list[Stored]],
+    sources: Mapping[str, tuple[ParamSpec, list[Stored]]],
     *,
     arch: ModelArch,
     tensor_size: int,

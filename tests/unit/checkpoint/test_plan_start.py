@@ -135,7 +135,7 @@ def test_internlm_folder_among_the_own_gives_its_weights(tmp_path, weights_folde
     (tmp_path / "run/7/7.step").touch()
     start = plan_start(Config(tmp_path / "run"))
     assert (start.kind, start.step, start.parts, start.refresh_masters) == ("internlm", 7, {"model"}, True)
-    assert "this version reads only the weights" in start.reason
+    assert "files of its other parts are not there" in start.reason
     (tmp_path / "run/7/model_tp0_pp0.pt").unlink()
     with pytest.raises(CheckpointDamagedError, match=r"without model_tp0_pp0\.pt"):
         plan_start(Config(tmp_path / "run"))
@@ -204,7 +204,7 @@ def test_named_native_checkpoint_is_checked(tmp_path, save):
 
 def test_parts_that_a_checkpoint_lacks(tmp_path, save, weights_folder):
     save(tmp_path / "5", step=5, optimizer=False)
-    for folder, why in ((weights_folder, "of type 'internlm'"), (tmp_path / "5", "it holds the weights only")):
+    for folder, why in ((weights_folder, "files of its other parts are not there"), (tmp_path / "5", "it holds the weights only")):
         start = plan_start(Config(None, load_ckpt_info=LoadInfo(str(folder))))
         assert start.parts == {"model"} and why in start.reason
         for content in (("model", "optimizer"), ("Sampler",)):
