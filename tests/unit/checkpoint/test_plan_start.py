@@ -204,7 +204,10 @@ def test_named_native_checkpoint_is_checked(tmp_path, save):
 
 def test_parts_that_a_checkpoint_lacks(tmp_path, save, weights_folder):
     save(tmp_path / "5", step=5, optimizer=False)
-    for folder, why in ((weights_folder, "files of its other parts are not there"), (tmp_path / "5", "it holds the weights only")):
+    for folder, why in (
+        (weights_folder, "its other parts are not there"),
+        (tmp_path / "5", "it holds the weights only"),
+    ):
         start = plan_start(Config(None, load_ckpt_info=LoadInfo(str(folder))))
         assert start.parts == {"model"} and why in start.reason
         for content in (("model", "optimizer"), ("Sampler",)):
