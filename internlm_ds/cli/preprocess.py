@@ -11,6 +11,8 @@ TASKS = {
     "alpaca": Task(
         "preprocess_sft", "tokenize an instruction data set with Alpaca's fields into train/en and valid/en"
     ),
+    "chat": Task("preprocess_sft", "tokenize conversations (messages with roles) through one of InternLM's templates"),
+    "custom": Task("preprocess_sft", "tokenize records of your own format, which a function of yours takes apart"),
 }
 
 

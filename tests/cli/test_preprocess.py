@@ -112,6 +112,65 @@ def test_alpaca_command_reports_truncation_and_an_empty_share(model, capsys):
     assert "warning: no validation samples: out/valid/en/dataset.bin is empty" in err
 
 
+CHATS = [
+    {"messages": [{"role": "user", "content": f"the {i}"}, {"role": "assistant", "content": "cat " * 20}]}
+    for i in range(8)
+]
+
+
+def test_chat_command_takes_all_options_and_reports(model, capsys):
+    Path("chat.jsonl").write_text(
+        "".join(json.dumps(record) + "\n" for record in [*CHATS, {"messages": CHATS[0]["messages"][:1]}])
+    )
+    command = ["preprocess", "chat", "chat.jsonl", "out", "--tokenizer", model, "--template", "internlm"]
+    assert (
+        main([*command, "--split-ratio", "0", "--seed", "1", "--type", "cn", "--no-bos", "--eos", "--eoh", "17"]) == 0
+    )
+    printed = capsys.readouterr()
+    assert printed.out.startswith("number of train dataset: 8, ")
+    assert "warning: 1 train samples with nothing to learn were left out, " in printed.err
+    samples = [sample.tolist() for sample in Reader("out/train/cn/dataset.bin")]
+    assert all(sample[0] < 0 and sample[-1] == 2 and -17 in sample for sample in samples)
+    for way, said in (
+        ("cut", "were cut at 30 tokens, "),
+        ("drop", "beyond 30 tokens were left out, "),
+        ("split", "were made into"),
+    ):
+        assert main([*command, "--type", "cn", "--overwrite", "--max-tokens", "30", "--too-long", way]) == 0
+        assert said in capsys.readouterr().err
+
+
+def test_second_chat_template_with_ids_for_its_pieces(model):
+    Path("chat.json").write_text(json.dumps(CHATS))
+    pieces = ["--im-start", "17", "--im-end", "<eoa>"]
+    command = ["preprocess", "chat", "chat.json", "out", "--tokenizer", model, "--template", "internlm2"]
+    assert main([*command, *pieces]) == 0
+    assert Reader("out/train/en/dataset.bin").tokens(0)[:2].tolist() == [1, -17]
+
+
+def test_custom_command_uses_the_function(model, capsys):
+    Path("mine.py").write_text(
+        "def make(record):\n    return [('the', False), (record['output'], True)] if record['input'] == '' else None\n"
+    )
+    Path("own.json").write_text(json.dumps([*RECORDS, {"input": "x"}]))
+    command = [
+        "preprocess",
+        "custom",
+        "own.json",
+        "out",
+        "--tokenizer",
+        model,
+        "--function",
+        "mine.py:make",
+        "--no-eos",
+    ]
+    assert main([*command, "--split-ratio", "0.25"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("number of train dataset: 6, ")
+    assert printed.err == "warning: 1 records were left out by mine.py:make\n"
+    assert Reader("out/train/en/dataset.bin").tokens(0)[-1] != 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -128,6 +187,11 @@ def test_alpaca_command_reports_truncation_and_an_empty_share(model, capsys):
         (["alpaca", "alpaca.json", "out", "--split-ratio", "x"], "invalid float value: 'x'"),
         (["alpaca", "alpaca.json", "out", "--eoh", "<nope>"], "TokenizerError: tiny.model has no piece '<nope>'"),
         (["alpaca", "alpaca.json", "out", "--eoa", "300"], "--eoa 300: the ids of tiny.model run from 0 to 299"),
+        (["alpaca", "alpaca.json", "out", "--max-tokens", "2"], "--max-tokens 2: a sample needs 3 tokens at least"),
+        (["chat", "alpaca.json", "out"], "the following arguments are required: --template"),
+        (["chat", "alpaca.json", "out", "--template", "internlm"], "alpaca.json, line 1: record 1: it has neither"),
+        (["chat", "alpaca.json", "out", "--template", "internlm2"], "no piece '<|im_start|>' nor '[UNUSED_TOKEN_146]'"),
+        (["custom", "alpaca.json", "out", "--function", "no.py:x"], "no.py: --function no.py:x: no such file"),
         ([], "the following arguments are required: TASK"),
     ],
 )

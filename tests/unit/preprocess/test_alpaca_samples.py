@@ -9,42 +9,59 @@ import pytest
 
 from internlm_ds.data.binmeta import Reader
 from internlm_ds.errors import DataFormatError, TokenizerError
-from internlm_ds.preprocess.alpaca import ChatIds, chat_ids, draw_validation, encode_turn, tokenize_alpaca
+from internlm_ds.preprocess.alpaca import ChatIds, alpaca_recipe, chat_ids, tokenize_alpaca
+from internlm_ds.preprocess.samples import Limit, Tally, finished
+from internlm_ds.preprocess.segments import Segment, signed
+from internlm_ds.preprocess.sft import Split, draw_validation
 from internlm_ds.preprocess.tokenizers import Tokenizer
 from internlm_ds.preprocess.train_tokenizer import train_tokenizer
 
 IDS = ChatIds(bos=1, eos=2, eoh=30, eoa=31, newline=13)
 
 
+def sample_of(user, mark, answer, ids=IDS):
+    """A sample as it stands on disk, and how many tokens it lost."""
+    body = [
+        Segment(user, False),
+        Segment([ids.eoh, ids.newline], False),
+        Segment(mark, False),
+        Segment(answer, True),
+        Segment([ids.eoa, ids.newline], True),
+    ]
+    tally = Tally()
+    (sample,) = finished(body, frame=alpaca_recipe(ids).frame, limit=Limit(2048), tally=tally)
+    return signed(sample), tally.truncated_tokens
+
+
 def test_prompt_is_negative_and_answer_positive():
-    sample, lost = encode_turn([5, 6], [7], [8, 9], ids=IDS)
+    sample, lost = sample_of([5, 6], [7], [8, 9])
     assert sample == [1, -5, -6, -30, -13, -7, 8, 9, 31, 13, 2] and lost == 0
 
 
 @pytest.mark.parametrize(("answer", "lost"), [(2040, 0), (2041, 1), (3000, 960)])
 def test_long_sample_is_cut_and_the_loss_counted(answer, lost):
-    sample, found = encode_turn([5], [7], [8] * answer, ids=IDS)
+    sample, found = sample_of([5], [7], [8] * answer)
     assert found == lost and sample[-1] == 2 and len(sample) == 2048
 
 
 def test_validation_is_drawn_without_replacement():
-    chosen = draw_validation(1000, split_ratio=0.25, seed=0, compat=False)
+    chosen = draw_validation(1000, split=Split(0.25, 0, replace=False))
     assert chosen.dtype == np.bool_ and chosen.sum() == 250
-    assert (chosen == draw_validation(1000, split_ratio=0.25, seed=0, compat=False)).all()
-    assert (chosen != draw_validation(1000, split_ratio=0.25, seed=1, compat=False)).any()
+    assert (chosen == draw_validation(1000, split=Split(0.25, 0, replace=False))).all()
+    assert (chosen != draw_validation(1000, split=Split(0.25, 1, replace=False))).any()
 
 
 def test_validation_of_compat_is_numpys_choice_with_replacement():
     np.random.seed(0)
     expected = set(np.random.choice(range(100), int(100 * 0.3)).tolist())
-    found = np.flatnonzero(draw_validation(100, split_ratio=0.3, seed=0, compat=True))
+    found = np.flatnonzero(draw_validation(100, split=Split(0.3, 0, replace=True)))
     assert set(found.tolist()) == expected and len(expected) < 30
 
 
 def test_nothing_to_draw():
-    assert not draw_validation(0, split_ratio=0.5, seed=0, compat=True).any()
-    assert not draw_validation(3, split_ratio=0.1, seed=0, compat=False).any()
-    assert draw_validation(3, split_ratio=1.0, seed=0, compat=False).all()
+    assert not draw_validation(0, split=Split(0.5, 0, replace=True)).any()
+    assert not draw_validation(3, split=Split(0.1, 0, replace=False)).any()
+    assert draw_validation(3, split=Split(1.0, 0, replace=False)).all()
 
 
 def test_framing_pieces_are_looked_up_or_given(tiny_tokenizer):
@@ -83,12 +100,13 @@ def record(i, **more):
 
 
 def test_records_go_to_two_pairs(run, tmp_path, tiny_tokenizer):
-    train, valid = run([record(i) for i in range(8)])
+    outcome = run([record(i) for i in range(8)])
+    train, valid = outcome.train, outcome.valid
     assert (train.samples, valid.samples) == (6, 2)
     samples = [t.tolist() for share in ("train", "valid") for t in Reader(tmp_path / f"out/{share}/en/dataset.bin")]
     user, mark, answer = tiny_tokenizer.encode(["<|User|>:cat 3", "<|Bot|>:", "mat 3"])
     ids = chat_ids(tiny_tokenizer, eoh=None, eoa=None, compat=False)
-    assert encode_turn(user, mark, answer, ids=ids)[0] in samples
+    assert sample_of(user, mark, answer, ids)[0] in samples
     assert train.tokens + valid.tokens == sum(map(len, samples))
     assert np.load(tmp_path / "out/train/en/dataset.bin.meta").dtype == np.int64
 
@@ -101,7 +119,7 @@ def test_input_follows_the_instruction_on_its_own_line(run, tmp_path, tiny_token
 
 
 def test_truncation_is_counted_and_recorded(run, tmp_path):
-    train, _ = run([record(0, output="dog " * 3000), record(1)], split_ratio=0.0)
+    train = run([record(0, output="dog " * 3000), record(1)], split_ratio=0.0).train
     assert train.truncated == 1 and train.truncated_tokens > 0
     counts = json.loads((tmp_path / "out/train/en/dataset.bin.json").read_text())["counts"]
     assert (counts["truncated"], counts["truncated_tokens"]) == (1, train.truncated_tokens)
@@ -138,8 +156,8 @@ def test_existing_output_is_an_error(run):
 @pytest.mark.parametrize(
     ("records", "message"),
     [
-        ('[\n{"instruction": "a"}]', r'a\.json, line 2: this record lacks "output"; a record reads'),
-        ("[5]", 'line 1: this record lacks "instruction" and "output"'),
+        ('[\n{"instruction": "a"}]', r'a\.json, line 2: record 1: it lacks "output"; a record reads'),
+        ("[5]", 'line 1: record 1: it lacks "instruction" and "output"'),
         ('[{"instruction": 5, "output": ""}]', 'line 1: the field "instruction" is a number'),
         ('[{"instruction": "", "output": "", "input": null}]', 'line 1: the field "input" is null'),
         ('{"a": 1}', "line 1: a .json input is one list"),
@@ -158,6 +176,8 @@ def test_share_outside_zero_and_one(run):
 
 def test_pattern_of_several_data_sets(run, tmp_path, tiny_tokenizer):
     for name in ("a.json", "b.json"):
-        (tmp_path / name).write_text("[]")
-    with pytest.raises(DataFormatError, match="one data set is needed, this names 2 files"):
-        tokenize_alpaca(str(tmp_path / "*.json"), tmp_path / "out", tokenizer=tiny_tokenizer)
+        (tmp_path / name).write_text(json.dumps([record(0)]))
+    outcome = tokenize_alpaca(str(tmp_path / "*.json"), tmp_path / "out", tokenizer=tiny_tokenizer)
+    assert outcome.train.samples == 2
+    sources = json.loads((tmp_path / "out/train/en/dataset.bin.json").read_text())["sources"]
+    assert [source["path"][-6:] for source in sources] == ["a.json", "b.json"]
