@@ -32,6 +32,9 @@ class Comm(Protocol):
     def broadcast(self, obj: Any) -> Any:
         """Rank 0's object, on every rank."""
 
+    def largest(self, value: int) -> int:
+        """The largest of all ranks' numbers, on every rank."""
+
 
 class Solo:
     """The `Comm` of one process."""
@@ -47,6 +50,9 @@ class Solo:
 
     def broadcast(self, obj: Any) -> Any:
         return obj
+
+    def largest(self, value: int) -> int:
+        return value
 
 
 def attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from internlm_ds.checkpoint import tensorfile
-from internlm_ds.checkpoint.tensorfile import FileRecord
+from internlm_ds.checkpoint import diskfile
+from internlm_ds.checkpoint.diskfile import FileRecord
 from internlm_ds.errors import CheckpointDamagedError, CheckpointError
 from internlm_ds.layout.shards import Shard
 
@@ -207,7 +207,7 @@ def _difference(folder: Path, manifest: Manifest, name: str) -> str | None:
         size = path.stat().st_size
         if size != expected.size:
             return f"{name}: {size} bytes, the manifest says {expected.size}"
-        found = tensorfile.digest(path)
+        found = diskfile.digest(path)
     except FileNotFoundError:
         return f"{name}: missing"
     except OSError as error:

@@ -2,7 +2,7 @@
 
 Owns bytes of tensors on disk and nothing about what they mean. Writing is our own, because the library keeps a second
 copy of everything in memory, refuses slices of one flat buffer that it takes for shared tensors, and would have the
-file read again for its checksum; reading is the library's.
+file read again for its checksum; reading is the library's. How a file gets to the disk is `diskfile`'s.
 
 Source: the safetensors format: 8 bytes little-endian header length, a JSON header padded with blanks to a multiple of
 8, the data.
@@ -10,9 +10,7 @@ Source: the safetensors format: 8 bytes little-endian header length, a JSON head
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from internlm_ds.checkpoint.diskfile import FileRecord, HashedFile
 from internlm_ds.errors import CheckpointDamagedError
 
 DTYPE_CODES = {
@@ -35,48 +34,6 @@ DTYPE_CODES = {
     torch.bool: "BOOL",
 }
 SHARD_BYTES = 4 * 2**30
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """One file as it was meant to be written: its size in bytes and its sha256 in hex."""
-
-    size: int
-    sha256: str
-
-
-class HashedFile:
-    """A new file whose checksum is taken on the way, and that is on the disk when `close` returns."""
-
-    def __init__(self, path: Path):
-        self._file = path.open("xb")
-        self._digest, self._size = hashlib.sha256(), 0
-
-    def write(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
-        self._digest.update(data)
-        self._size += len(data)
-
-    def __enter__(self) -> HashedFile:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        try:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        finally:
-            self._file.close()
-
-    @property
-    def record(self) -> FileRecord:
-        return FileRecord(size=self._size, sha256=self._digest.hexdigest())
-
-
-def write_bytes(path: Path, data: bytes) -> FileRecord:
-    """Write a small file through to the disk."""
-    with HashedFile(path) as file:
-        file.write(data)
-    return file.record
 
 
 @dataclass(frozen=True)
@@ -108,7 +65,8 @@ def write_stream(
 ) -> FileRecord:
     """As `write`, with tensors that are made one at a time, in the order of `specs`."""
     text = _header(specs, metadata=metadata)
-    with HashedFile(path) as file:
+    size = 8 + len(text) + sum(spec.size for spec in specs)
+    with HashedFile(path, size=size) as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for spec, tensor in zip(specs, tensors, strict=True):
@@ -206,13 +164,3 @@ class _as_damage:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, (SafetensorError, FileNotFoundError)):
             raise CheckpointDamagedError(f"{self.path}: not a readable safetensors file: {error}") from error
-
-
-def digest(path: Path, *, chunk_bytes: int = 2**20) -> FileRecord:
-    """Size and checksum of a file as it lies on the disk."""
-    sha, size = hashlib.sha256(), 0
-    with open(path, "rb") as file:
-        while chunk := file.read(chunk_bytes):
-            sha.update(chunk)
-            size += len(chunk)
-    return FileRecord(size=size, sha256=sha.hexdigest())

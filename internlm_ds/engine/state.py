@@ -54,6 +54,16 @@ def fragments(engine: Engine) -> Iterator[Fragment]:
                 yield Fragment(name, kind, start, moment.narrow(0, address.start, address.numel), shard)
 
 
+def saved_bytes(engine: Engine, *, weights: bool, fragments: bool) -> int:
+    """What `weights` and `fragments` of this rank take, and a little more."""
+    sizes = [p.numel() * p.element_size() for _, p in engine.logical_parameters() if _speaks_for(engine, p)]
+    total = sum(sizes) + 64 * len(sizes) if weights else 0
+    for _, param, mapping, _ in _slices(engine) if fragments else ():
+        if _speaks_for(engine, param):
+            total += (1 + len(MOMENTS)) * (mapping.hp_fragment.numel() * mapping.hp_fragment.element_size() + 64)
+    return total
+
+
 def _speaks_for(engine: Engine, param: torch.nn.Parameter) -> bool:
     return shard_of_parameter(param) is not None or engine.grid.get_slice_parallel_rank() == 0
 

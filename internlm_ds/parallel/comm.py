@@ -9,14 +9,24 @@ import torch.distributed as dist
 
 
 class ProcessComm:
-    """`checkpoint.agree.Comm` over the default process group.
+    """`checkpoint.agree.Comm` over all ranks.
 
     Args:
         device: Where a one-number collective lives (the GPU with NCCL).
+        group: Of all ranks; None: the default process group.
     """
 
-    def __init__(self, device: torch.device | str = "cpu"):
+    def __init__(self, device: torch.device | str = "cpu", *, group: dist.ProcessGroup | None = None):
+        self._group = group
         self._number = torch.zeros(1, dtype=torch.int32, device=device)
+
+    @classmethod
+    def for_a_thread(cls) -> ProcessComm:
+        """One over a process group of its own: what a thread says must not meet what another one says.
+
+        Called by all ranks together.
+        """
+        return cls(group=dist.new_group(backend="gloo") if dist.get_world_size() > 1 else None)
 
     @property
     def rank(self) -> int:
@@ -28,20 +38,20 @@ class ProcessComm:
 
     def barrier(self) -> None:
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(group=self._group)
 
     def gather(self, obj: Any) -> list[Any] | None:
         if self.world_size == 1:
             return [obj]
         objects: list[Any] = [None] * self.world_size
-        dist.all_gather_object(objects, obj)
+        dist.all_gather_object(objects, obj, group=self._group)
         return objects if self.rank == 0 else None
 
     def broadcast(self, obj: Any) -> Any:
         if self.world_size == 1:
             return obj
         box = [obj]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, src=0, group=self._group)
         return box[0]
 
     def any(self, value: bool) -> bool:
@@ -53,5 +63,5 @@ class ProcessComm:
         if self.world_size == 1:
             return value
         self._number.fill_(value)
-        dist.all_reduce(self._number, op=dist.ReduceOp.MAX)
+        dist.all_reduce(self._number, op=dist.ReduceOp.MAX, group=self._group)
         return int(self._number.item())

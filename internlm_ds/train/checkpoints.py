@@ -6,11 +6,14 @@ part as `content` names it.
 
 from __future__ import annotations
 
+import copy
 import logging
 import time
+from functools import partial
 from typing import Any, Protocol
 
 from internlm_ds.arch.spec import ModelArch
+from internlm_ds.checkpoint.background import BackgroundSaver
 from internlm_ds.checkpoint.formats import native
 from internlm_ds.checkpoint.formats.internlm_run import InternlmRun
 from internlm_ds.checkpoint.manager import CheckpointManager, SaveTask, Start, plan_start
@@ -54,61 +57,93 @@ class RunCheckpoints:
         self.start = plan_start(spec.config, comm=comm)
         last_saved = self.start.step if self.start.is_resume else None
         self.manager = CheckpointManager(ckpt, total_steps=data.total_steps, comm=comm, last_saved=last_saved)
+        self._background: BackgroundSaver | None = None
+        if ckpt.enable_save_ckpt and ckpt.async_upload:
+            self._background = BackgroundSaver(comm=comm, thread_comm=ProcessComm.for_a_thread())
+            size = engine_state.saved_bytes(engine, weights=self._owns_weights, fragments=self._owns_fragments)
+            self._background.buffer.warm(size, pinned=context.device.type == "cuda")
 
     # ---- saving ---------------------------------------------------------------------------------------------------
 
     def after_step(self, state: TrainState, *, applied: bool) -> bool:
         """Save if a checkpoint is due; True when the stop file asks the run to end here."""
+        if self._background is not None:
+            self._background.poll()
         task = self.manager.after_step(state.step_count)
-        self._save(task, state)
+        self._save(task, state, background=self._background)
         self.stop_requested = self.stop_requested or task.stop
         return task.stop
 
     def final(self, state: TrainState) -> None:
-        """The last checkpoint of the run, unless this step was saved already."""
-        self._save(self.manager.at_end(state.step_count), state)
+        """The last checkpoint of the run, unless this step was saved already; nothing is under way afterwards."""
+        if self._background is not None:
+            self._background.wait()
+        self._save(self.manager.at_end(state.step_count), state, background=None)
 
     def close(self) -> None:
+        """Let a save that is under way end, and give the folder free."""
+        if self._background is not None:
+            self._background.close()
         self.manager.close()
 
-    def _save(self, task: SaveTask, state: TrainState) -> None:
+    def _save(self, task: SaveTask, state: TrainState, *, background: BackgroundSaver | None) -> None:
         if task.folder is None:
             return
-        started = time.perf_counter()
-        native.save(
-            task.folder,
-            comm=self.comm,
-            weights=self._own_weights(),
-            fragments=engine_state.fragments(self.engine) if self.engine.zero_groups.replica_rank == 0 else (),
-            rng_state=rng.get_state(),
-            train_state=self._train_state(state),
-            config_text=self.spec.text,
-            layout=self.spec.layout,
-            arch=self.spec.arch,
-            dtype=self.spec.config.model.dtype,
-            step=state.step_count,
-            model=self.spec.config.model,
-            model_type=self.spec.config.model_type,
-        )
-        self.manager.saved(task, state.step_count)
-        if self.context.is_log_rank:
-            seconds = time.perf_counter() - started
-            logger.info("checkpoint of step %d saved to %s in %.2f s", state.step_count, task.folder, seconds)
+        started, step = time.perf_counter(), state.step_count
+        write = partial(native.save, task.folder, **self._description(state))
 
-    def _own_weights(self):
+        def say_saved() -> None:
+            if self.context.is_log_rank:
+                seconds = time.perf_counter() - started
+                logger.info("checkpoint of step %d saved to %s in %.2f s", step, task.folder, seconds)
+
+        owned = {
+            "weights": engine_state.weights(self.engine) if self._owns_weights else (),
+            "fragments": engine_state.fragments(self.engine) if self._owns_fragments else (),
+        }
+        if background is None:
+            write(comm=self.comm, **owned)
+            say_saved()
+        else:
+            background.start(write, **owned, done=say_saved)
+            if self.context.is_log_rank:
+                logger.info("checkpoint of step %d: training waited %.2f s", step, time.perf_counter() - started)
+        self.manager.saved(task, step)
+
+    @property
+    def _owns_weights(self) -> bool:
         """Each stage's weights are written by its first data-parallel rank, each tensor rank its shards."""
-        return engine_state.weights(self.engine) if self.context.data.rank == 0 else ()
+        return self.context.data.rank == 0
+
+    @property
+    def _owns_fragments(self) -> bool:
+        return self.engine.zero_groups.replica_rank == 0
+
+    def _description(self, state: TrainState) -> dict[str, Any]:
+        """What a checkpoint holds beside weights and optimizer state; values that training does not change."""
+        return {
+            "rng_state": rng.get_state(),
+            "train_state": self._train_state(state),
+            "config_text": self.spec.text,
+            "layout": self.spec.layout,
+            "arch": self.spec.arch,
+            "dtype": self.spec.config.model.dtype,
+            "step": state.step_count,
+            "model": self.spec.config.model,
+            "model_type": self.spec.config.model_type,
+        }
 
     def _train_state(self, state: TrainState) -> dict[str, Any]:
         scaler = self.engine.loss_scaler
         position = self.loader.state_dict()
-        return {
+        values = {
             **state.to_json(),
             "num_consumed_samples_in_epoch": position.get("num_consumed_samples_in_epoch"),
             "optimizer_updates": engine_state.num_updates(self.engine),
             "loss_scale": self._idle_scale if scaler is None else scaler.state.state_dict(),
             "sampler": position,
         }
+        return copy.deepcopy(values)
 
     # ---- loading --------------------------------------------------------------------------------------------------
 

@@ -84,9 +84,7 @@ def _async_upload(leaf: Leaf, facts: Facts) -> Verdict:
         return no_effect("checkpoints are written before training goes on")
     if not facts.saves:
         return no_effect(NO_SAVING)
-    return approximate(
-        "saved synchronously: asynchronous saving is not active in this version; what is saved is the same", warn=True
-    )
+    return native("the ranks' state is copied on the host and written by a thread while training goes on")
 
 
 def _snapshot_folder(leaf: Leaf, facts: Facts) -> Verdict:
@@ -181,7 +179,7 @@ RULES: dict[str, Rule] = {
     "ckpt.checkpoint_every": _saving("successful updates between checkpoints"),
     "ckpt.save_ckpt_folder": _save_folder,
     "ckpt.async_upload": _async_upload,
-    "ckpt.async_upload_tmp_folder": always(no_effect("saving writes to its final folder; nothing is staged")),
+    "ckpt.async_upload_tmp_folder": always(no_effect("a save is written in a hidden folder beside its final place")),
     "ckpt.oss_snapshot_freq": _saving("successful updates between snapshots"),
     "ckpt.snapshot_ckpt_folder": _snapshot_folder,
     "ckpt.stop_file_path": neutral(

@@ -24,18 +24,21 @@ class Case(tiny.Case):
 
     Attributes:
         save_folder: Checkpoints are kept here, and a run resumes from the newest.
+        in_background: Training goes on while a checkpoint is written.
         load: A folder of weights to start from.
     """
 
     save_folder: str = ""
     save_every: int = 5
+    in_background: bool = False
     load: str = ""
 
     @property
     def ckpt(self) -> str:
         if self.save_folder:
             folder = f"local:{self.save_folder}"
-            return f'enable_save_ckpt=True, save_ckpt_folder="{folder}", checkpoint_every={self.save_every}'
+            when = f"checkpoint_every={self.save_every}, async_upload={self.in_background}"
+            return f'enable_save_ckpt=True, save_ckpt_folder="{folder}", {when}'
         if self.load:
             info = f'path="local:{self.load}", content=("model",), ckpt_type="internlm"'
             return f"{tiny.NO_CKPT}, load_ckpt_info=dict({info})"

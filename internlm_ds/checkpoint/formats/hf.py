@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from internlm_ds.arch.spec import ModelArch, ParamSpec
-from internlm_ds.checkpoint import tensorfile
+from internlm_ds.checkpoint import diskfile, tensorfile
 from internlm_ds.checkpoint.tensorfile import TensorReader, TensorSpec
 from internlm_ds.config.schema import ModelConfig
 from internlm_ds.errors import CheckpointError, ConversionError
@@ -180,7 +180,7 @@ def _make(shard: Sequence[_Target], weights: Mapping[str, torch.Tensor]) -> Iter
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    tensorfile.write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+    diskfile.write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
 
 
 def _write_tokenizer(folder: Path, tokenizer: Path) -> tuple[int, int, int]:

@@ -23,10 +23,11 @@ from typing import Any, NamedTuple
 import torch
 
 from internlm_ds.arch.spec import ModelArch
+from internlm_ds.checkpoint import diskfile, tensorfile, train_state
 from internlm_ds.checkpoint import manifest as manifests
-from internlm_ds.checkpoint import tensorfile, train_state
 from internlm_ds.checkpoint.agree import Comm, Solo, collect, on_first_rank
 from internlm_ds.checkpoint.completeness import check_fragments, check_parameters, check_visible
+from internlm_ds.checkpoint.diskfile import FileRecord
 from internlm_ds.checkpoint.formats.native_reader import (
     CONFIG,
     EXP_AVG,
@@ -41,7 +42,6 @@ from internlm_ds.checkpoint.formats.native_reader import (
 from internlm_ds.checkpoint.manifest import Manifest, StoredFragment, StoredParameter
 from internlm_ds.checkpoint.storage.base import Storage
 from internlm_ds.checkpoint.storage.local import LocalStorage
-from internlm_ds.checkpoint.tensorfile import FileRecord
 from internlm_ds.config.schema import ModelConfig
 from internlm_ds.errors import CheckpointError
 from internlm_ds.layout.ranks import Layout
@@ -224,7 +224,7 @@ def _write_random_state(folder: Path, rng_state: dict[str, Any] | None, *, rank:
     tensors: dict[str, torch.Tensor] = {}
     text = train_state.dumps(rng_state, tensors)
     name = random_file(rank)
-    files = {f"{name}.json": tensorfile.write_bytes(folder / f"{name}.json", text.encode())}
+    files = {f"{name}.json": diskfile.write_bytes(folder / f"{name}.json", text.encode())}
     if tensors:
         files[f"{name}.safetensors"] = tensorfile.write(folder / f"{name}.safetensors", tensors)
     return files
@@ -259,8 +259,8 @@ def _finish(
 ) -> None:
     """Rank 0's part: the small files, the checks over all ranks, the manifest."""
     files = {name: record for report in reports for name, record in report.files.items()}
-    files[TRAIN_STATE] = tensorfile.write_bytes(folder / TRAIN_STATE, train_state.dumps(train_state_value).encode())
-    files[CONFIG] = tensorfile.write_bytes(folder / CONFIG, (config_text or "# no configuration\n").encode())
+    files[TRAIN_STATE] = diskfile.write_bytes(folder / TRAIN_STATE, train_state.dumps(train_state_value).encode())
+    files[CONFIG] = diskfile.write_bytes(folder / CONFIG, (config_text or "# no configuration\n").encode())
     parameters = [p for report in reports for p in report.parameters]
     fragments = [f for report in reports for f in report.fragments]
     problems = [
@@ -279,4 +279,4 @@ def _finish(
         random_states=sum(report.has_random_state for report in reports),
         files=dict(sorted(files.items())),
     )
-    tensorfile.write_bytes(folder / manifests.NAME, manifests.render(whole).encode())
+    diskfile.write_bytes(folder / manifests.NAME, manifests.render(whole).encode())

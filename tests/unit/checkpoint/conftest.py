@@ -38,6 +38,9 @@ class ThreadComm:
     def broadcast(self, obj: Any) -> Any:
         return self._exchange(obj)[0]
 
+    def largest(self, value: int) -> int:
+        return max(self._exchange(value))
+
 
 def _run_threads(world_size: int, work: Callable[[ThreadComm], Any]) -> list[Any]:
     """What `work(comm)` returned or raised on each rank."""

@@ -236,11 +236,11 @@ def test_object_storage_is_refused_where_it_is_used(spec_of: SpecOf, address: st
     refusal(spec_of(info), "ckpt.load_ckpt_info.path")
 
 
-def test_asynchronous_saving_is_synchronous_for_now(spec_of: SpecOf) -> None:
+def test_asynchronous_saving_is_ours(spec_of: SpecOf) -> None:
     spec = spec_of("ckpt.async_upload=True", config="demo")
     note = note_of(spec, "ckpt.async_upload")
-    assert note.fidelity == "approximate" and "synchronously" in note.reason
-    assert any(warning.startswith("ckpt.async_upload: ") for warning in translate(spec).warnings)
+    assert note.fidelity == "native" and "by a thread while training goes on" in note.reason
+    assert not any(warning.startswith("ckpt.async_upload: ") for warning in translate(spec).warnings)
 
 
 def test_foreign_checkpoint_types(spec_of: SpecOf) -> None:
