@@ -15,10 +15,12 @@ import torch
 from internlm_ds.arch import internlm as blueprint
 from internlm_ds.checkpoint import unpickle
 from internlm_ds.checkpoint.formats import internlm
-from internlm_ds.checkpoint.formats.internlm_run import InternlmRun
+from internlm_ds.checkpoint.formats.internlm_run import KINDS, InternlmRun
+from internlm_ds.checkpoint.formats.internlm_run_write import RunState, write_run
 from internlm_ds.checkpoint.manager import find_checkpoints
 from internlm_ds.convert.sources import model_of_dict
 from internlm_ds.data.binmeta import Writer
+from internlm_ds.optim.schedules import LrSchedule
 
 LEARNED = 0.02
 """How far four updates at a rate of at most 1e-3 can carry a weight, rounded to bf16; misplaced ones differ by 0.1."""
@@ -217,3 +219,79 @@ def test_checkpoints_moments_lie_where_the_plan_says(case):
                     compared += 1
             position += state[name].numel()
     assert compared or described(case)["pp"] > 1
+
+
+def written_again(case: Path, folder: Path, target: Path, **split: int) -> InternlmRun:
+    """A checkpoint of the reference, read and written for another split."""
+    arch = blueprint.build(v1_model(case))
+    run, target_folder = InternlmRun(folder, arch=arch), target
+    target_folder.mkdir()
+    values, group, schedule = run.train_state, run.groups[0], run.schedule
+    cosine = schedule["after_scheduler_dict"]
+    total = schedule["warmup_epochs"] + cosine["T_max"]
+    state = RunState(
+        *(values[key] for key in ("step_count", "batch_count", "num_consumed_tokens", "inf_nan_skip_batches")),
+        optimizer_updates=values["optimizer_updates"],
+        sampler=values["sampler"],
+        loss_scale=values["loss_scale"],
+        betas=group["betas"],
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        schedule=LrSchedule(
+            group["initial_lr"], total, schedule["_init_steps"], schedule["_warmup_steps"] / total, cosine["eta_min"]
+        ),
+        config_text=run.config_text,
+    )
+    sizes = {key: value for key, value in split.items() if key != "zero_size"}
+    internlm.write_weights(target_folder, run.weights, arch=arch, **sizes)
+    write_run(target_folder, run.state, state, arch=arch, dtype=run.weights["norm.weight"].dtype, **split)
+    return InternlmRun(target_folder, arch=arch)
+
+
+def test_checkpoints_written_again_are_the_same(case, tmp_path):
+    """Read, and written for the layout that it came from: every file that a run needs, value by value."""
+    layout = described(case)
+    for number, found in enumerate(find_checkpoints(case / "ckpt")):
+        target = tmp_path / str(number)
+        split = dict(tensor_size=layout["tp"], pipe=layout["pp"], chunks=layout["num_chunks"])
+        zero_size = len(list(found.path.glob("optimizer_tp0_pp0_zo*.pt")))
+        written_again(case, found.path, target, **split, zero_size=zero_size)
+        names = {path.name for path in found.path.iterdir()} - {"model_config.pt"}
+        if layout["world"] == layout["tp"] * layout["pp"] * zero_size:
+            assert {path.name for path in target.iterdir()} == names
+        for name in sorted(names & {path.name for path in target.iterdir()}):
+            assert_same(
+                unpickle.load(target / name), unpickle.load(found.path / name), where=f"{found.path.name}/{name}"
+            )
+
+
+def assert_same(value, expected, *, where: str) -> None:
+    if isinstance(expected, dict):
+        assert {*value} == {*expected} - {"decoupled_weight_decay"}, where
+        for key in value:
+            assert_same(value[key], expected[key], where=f"{where}: {key}")
+    elif isinstance(expected, (list, tuple)):
+        assert len(value) == len(expected), where
+        for number, item in enumerate(expected):
+            assert_same(value[number], item, where=f"{where}: {number}")
+    elif isinstance(expected, torch.Tensor):
+        assert torch.equal(value, expected), where
+    elif isinstance(expected, np.ndarray):
+        np.testing.assert_array_equal(value, expected, err_msg=where)
+    elif isinstance(expected, float):
+        assert value == pytest.approx(expected, rel=1e-12), where
+    else:
+        assert value == expected, where
+
+
+@pytest.mark.parametrize("split", [(2, 1, 1, 1), (1, 2, 1, 3), (2, 2, 1, 2), (1, 1, 2, 2)], ids=str)
+def test_checkpoints_written_for_other_layouts_read_the_same(case, tmp_path, split):
+    found = find_checkpoints(case / "ckpt")[0].path
+    before = InternlmRun(found, arch=blueprint.build(v1_model(case)))
+    tensor, pipe, chunks, zero = split
+    after = written_again(case, found, tmp_path / "x", tensor_size=tensor, pipe=pipe, chunks=chunks, zero_size=zero)
+    for kind in KINDS:
+        for name, state in before.state(kind).items():
+            assert torch.equal(after.state(kind)[name], state), (kind, name)
+    assert len(list((tmp_path / "x").glob("optimizer_*.pt"))) == tensor * pipe * zero
+    assert not list((tmp_path / "x").glob(".*"))

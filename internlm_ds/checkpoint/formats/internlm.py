@@ -319,7 +319,7 @@ def _compare(
         if id(held) not in used
     ]
     for spec, held in sources.values():
-        wanted = _local_shape(spec, tensor_size=tensor_size)
+        wanted = local_shape(spec, tensor_size=tensor_size)
         count = 1 if spec.on_first_tensor_rank_only else tensor_size
         found = sorted({shard.shape for shard in held})
         if found != [wanted]:
@@ -331,7 +331,8 @@ def _compare(
     return problems
 
 
-def _local_shape(spec: ParamSpec, *, tensor_size: int) -> tuple[int, ...]:
+def local_shape(spec: ParamSpec, *, tensor_size: int) -> tuple[int, ...]:
+    """Shape of what each tensor rank holds of a parameter."""
     if spec.split_dim is None:
         return tuple(spec.shape)
     return tuple(size // tensor_size if dim == spec.split_dim else size for dim, size in enumerate(spec.shape))
@@ -357,7 +358,7 @@ def write_weights(
     ranges = partition_uniform(arch.num_layers, pipe=pipe, chunks=chunks)
     for stage in range(pipe):
         files: list[OrderedDict[str, torch.Tensor]] = [OrderedDict() for _ in range(tensor_size)]
-        for local, spec in _stage_params(arch, ranges[stage], chunks=chunks):
+        for local, spec in stage_params(arch, ranges[stage], chunks=chunks):
             whole = weights[spec.name] if dtype is None else weights[spec.name].to(dtype)
             for file, piece in zip(files, split(whole, spec, tensor_size=tensor_size), strict=True):
                 if piece is not None:
@@ -386,9 +387,7 @@ def check_split(arch: ModelArch, *, tensor_size: int, pipe: int, chunks: int) ->
         raise ConversionError("this model cannot be split so:\n  " + "\n  ".join(problems[:6]) + more)
 
 
-def _stage_params(
-    arch: ModelArch, ranges: Sequence[tuple[int, int]], *, chunks: int
-) -> Iterator[tuple[str, ParamSpec]]:
+def stage_params(arch: ModelArch, ranges: Sequence[tuple[int, int]], *, chunks: int) -> Iterator[tuple[str, ParamSpec]]:
     """`(name in the file, spec)` of one stage; layer numbers start at 0 in each chunk."""
     for chunk, (start, stop) in enumerate(ranges):
         prefix = f"{chunk}.model." if chunks > 1 else ""

@@ -28,7 +28,7 @@ from internlm_ds.layout.zero_partition import partition
 from internlm_ds.parallel.shards import take
 
 OPTIMIZER_FILE = re.compile(r"optimizer_tp(\d+)_pp(\d+)_zo(\d+)\.pt$")
-CONTEXT, SAMPLER = "context.pt", "sampler.pt"
+CONTEXT, SAMPLER, SCHEDULE, CONFIG_TEXT = "context.pt", "sampler.pt", "schedulder.pt", "config_file.pt"
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 FP32_GROUP = "fp32"
 _PLAN = "zero_devide_optim_plan"
@@ -116,6 +116,24 @@ class InternlmRun:
         return self._merged[kind]
 
     @property
+    def groups(self) -> list[dict[str, Any]]:
+        """Settings of the optimizer's groups (`lr`, `betas`, `initial_lr`, …) as the first file has them."""
+        return self.optimizer.groups
+
+    @property
+    def schedule(self) -> dict[str, Any]:
+        """`schedulder.pt`, {} where there is none."""
+        path = self.folder / SCHEDULE
+        return _dict(path) if path.exists() else {}
+
+    @property
+    def config_text(self) -> str:
+        """Text of the configuration, "" where it was not stored."""
+        path = self.folder / CONFIG_TEXT
+        text = unpickle.load(path) if path.exists() else ""
+        return text if isinstance(text, str) else ""
+
+    @property
     def train_state(self) -> dict[str, Any]:
         """Counters, sampler and scaler under our names, as far as the folder has them."""
         values: dict[str, Any] = {}
@@ -145,6 +163,7 @@ class _File:
     plan: Sequence[Sequence[Sequence[str]]] | None
     num_updates: int
     scaler: Mapping[str, Any]
+    settings: list[dict[str, Any]]
 
 
 class OptimizerFiles:
@@ -166,6 +185,7 @@ class OptimizerFiles:
         self.folder, self._states = folder, states
         self._files = {key: _open(path) for key, path in _find(folder, ranks=sorted(states)).items()}
         first = self._files[min(self._files)]
+        self.groups = first.settings
         self.num_updates = max(file.num_updates for file in self._files.values())
         known = {ours: first.scaler[theirs] for theirs, ours in _SCALER.items() if theirs in first.scaler}
         self.loss_scale = known if len(known) == len(_SCALER) else None
@@ -255,9 +275,14 @@ def _open(path: Path) -> _File:
             int(state["step"].load() if isinstance(state["step"], LazyTensor) else state["step"])
             for state in base["state"].values()
         ]
-        return _File(path, flats, groups, content.get(_PLAN), max(steps, default=0), content.get("grad_scaler", {}))
+        scaler, settings = content.get("grad_scaler", {}), list(base["param_groups"])
+        return _File(path, flats, groups, content.get(_PLAN), max(steps, default=0), scaler, settings)
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise CheckpointError(f"{path} is no optimizer file of InternLM: {type(error).__name__}: {error}") from error
+
+
+def _number(value: LazyTensor | float) -> int:
+    return int(value.load() if isinstance(value, LazyTensor) else value)
 
 
 def _dict(path: Path) -> dict[str, Any]:
