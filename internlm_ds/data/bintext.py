@@ -139,6 +139,11 @@ class BinText:
         mapping, block = self._checked().bytes, 1 << 20
         return 1 + sum(mapping[at : min(at + block, offset)].count(b"\n") for at in range(0, offset, block))
 
+    def end_of_line(self, offset: int) -> int:
+        """Where the line that begins at `offset` ends, its newline included."""
+        mapping = self.mappings.get(self.path).bytes
+        return (mapping.find(b"\n", offset) + 1) or len(mapping)
+
     def _checked(self) -> Mapped:
         """The mapped file, if it is still as it was.
 
@@ -157,8 +162,7 @@ class BinText:
         mapping = self._checked().bytes
         if offset and mapping[offset - 1 : offset] != b"\n":
             raise self._misfit(offset, "no line starts here")
-        end = mapping.find(b"\n", offset)
-        return mapping[offset : end + 1 if end >= 0 else len(mapping)]
+        return mapping[offset : self.end_of_line(offset)]
 
     def _changed(self, found: FileState) -> DataFormatError:
         assert self.state is not None

@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from internlm_ds.data.binmeta import Reader
-from internlm_ds.data.bintext import BinText, FileState, Mappings
-from internlm_ds.data.samples import FileSamples
+from internlm_ds.data.bintext import BinText, Mappings
+from internlm_ds.data.metarows import MetaRows
+from internlm_ds.data.samples import KeptSamples
 from internlm_ds.errors import DataFormatError
 
 logger = logging.getLogger(__name__)
@@ -51,16 +51,6 @@ class Catalog:
     folder: str
     dataset_types: tuple[str, ...]
     files: tuple[BinFile, ...]
-
-
-@dataclass(frozen=True)
-class KeptSamples:
-    """What is left of a file, in file order, and what was dropped from it."""
-
-    samples: FileSamples
-    num_samples: int
-    dropped_samples: int
-    dropped_tokens: int
 
 
 def scan(folder: str, *, min_length: int = 0, min_length_dict: Mapping[str, int] | None = None) -> Catalog:
@@ -137,21 +127,20 @@ def open_kept(
 ) -> KeptSamples:
     """Open a bin, check that it fits its meta and the vocabulary, keep the samples that are long enough.
 
+    Returns:
+        What is left, in file order; `.rows.counts` says of how much.
     Raises:
         DataFormatError: Bin or meta is missing, damaged, or they do not fit each other or the vocabulary.
     """
-    reader = Reader(path)
-    text = BinText(path, vocab_size=vocab_size, mappings=mappings, state=FileState.of(path))
-    keep = reader.lengths >= min_length if min_length > 0 else np.ones(len(reader), dtype=bool)
-    lengths = reader.lengths[keep]
-    ends = np.cumsum(lengths, dtype=np.int64)
-    samples = FileSamples(text, offsets=reader.offsets[keep], ends=ends, type_id=type_id)
+    rows = MetaRows(path, min_length=min_length)
+    text = BinText(path, vocab_size=vocab_size, mappings=mappings, state=rows.state)
+    samples = KeptSamples(text, rows, type_id=type_id)
     if vocab_size is not None:
         check_vocabulary(samples, vocab_size=vocab_size, count=samples_to_check)
-    return KeptSamples(samples, len(reader), len(reader) - len(lengths), reader.num_tokens - int(lengths.sum()))
+    return samples
 
 
-def open_files(catalog: Catalog, *, vocab_size: int | None, log: bool = True) -> Iterator[tuple[BinFile, FileSamples]]:
+def open_files(catalog: Catalog, *, vocab_size: int | None, log: bool = True) -> Iterator[tuple[BinFile, KeptSamples]]:
     """The files of a catalog one after the other; those with nothing left are named and left out.
 
     Args:
@@ -170,28 +159,32 @@ def open_files(catalog: Catalog, *, vocab_size: int | None, log: bool = True) ->
         )
         if log:
             report_dropped(kept, name=file.name, min_length=file.min_length)
-        if len(kept.samples):
-            yield file, kept.samples
+        if len(kept):
+            yield file, kept
 
 
 def report_dropped(kept: KeptSamples, *, name: str, min_length: int) -> None:
     """Say what `min_length` took from a file, and warn if it took all."""
-    if not len(kept.samples):
-        why = f"none of its {kept.num_samples} samples has {min_length} tokens" if kept.num_samples else "it is empty"
+    counts = kept.rows.counts
+    dropped = counts.samples - counts.kept_samples
+    if not len(kept):
+        why = f"none of its {counts.samples} samples has {min_length} tokens" if counts.samples else "it is empty"
         logger.warning("%s is left out: %s", name, why)
-    elif kept.dropped_samples:
-        dropped = (kept.dropped_samples, kept.num_samples, kept.dropped_tokens, min_length)
-        logger.info("%s: %d of %d samples (%d tokens) dropped, shorter than %d tokens", name, *dropped)
+    elif dropped:
+        facts = (dropped, counts.samples, counts.tokens - counts.kept_tokens, min_length)
+        logger.info("%s: %d of %d samples (%d tokens) dropped, shorter than %d tokens", name, *facts)
 
 
-def check_vocabulary(samples: FileSamples, *, vocab_size: int, count: int) -> None:
+def check_vocabulary(samples: KeptSamples, *, vocab_size: int, count: int) -> None:
     """Compare a file's ids with the model's vocabulary: `count` samples spread over it, and preprocessing's note.
 
     Raises:
         DataFormatError: An id does not fit, or cannot be known to.
     """
-    for index in np.unique(np.linspace(0, len(samples) - 1, num=min(count, len(samples)), dtype=np.int64)):
-        samples.read(int(index))
+    # any samples will do: of a large file take them in the order that is known, and leave its meta unread
+    probe = samples.packed() if samples.rows.is_cached else samples
+    for index in np.unique(np.linspace(0, len(probe) - 1, num=min(count, len(probe)), dtype=np.int64)):
+        probe.read(int(index))
     largest_id, tokenizer_size = noted_ids(samples.path)
     if largest_id is not None and largest_id >= vocab_size:
         for index in range(len(samples)):  # find the line to name; the sample may be one that was dropped

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from internlm_ds.data.packing import IGNORED, PACKING_SEED, Pack
+from internlm_ds.data.metarows import PACKING_SEED
+from internlm_ds.data.packing import IGNORED, Pack
 
 
 def pack_stream(

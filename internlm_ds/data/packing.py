@@ -17,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 
 from internlm_ds.data.binmeta import IntArray
-from internlm_ds.data.samples import Samples
+from internlm_ds.data.metarows import PACKING_SEED
+from internlm_ds.data.samples import KeptSamples, Samples
 
 BorderArray = npt.NDArray[np.int32]
 
-PACKING_SEED = 1024
 IGNORED = -100
 
 
@@ -92,6 +92,8 @@ def shuffled(samples: Samples) -> Samples:
 
     Source: InternEvo `PackedDataset.accu_sample_len`.
     """
+    if isinstance(samples, KeptSamples):
+        return samples.packed()  # may be known from an earlier run
     order = np.arange(len(samples))
     np.random.RandomState(PACKING_SEED).shuffle(order)
     return samples.take(order)

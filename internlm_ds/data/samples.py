@@ -14,6 +14,7 @@ import numpy as np
 
 from internlm_ds.data.binmeta import IntArray
 from internlm_ds.data.bintext import BinText
+from internlm_ds.data.metarows import MetaRows, Order
 
 
 class Samples(Protocol):
@@ -86,24 +87,26 @@ class FileSamples:
 
     Args:
         text: The bin.
-        offsets: int64 `(n,)`, byte offset of each sample's line.
-        ends: int64 `(n,)`, see `Samples`.
+        order: Which samples, in what order, and where they lie.
         type_id: Data type of the file.
     """
 
-    def __init__(self, text: BinText, *, offsets: IntArray, ends: IntArray, type_id: int = 0):
-        self.text, self.offsets, self.ends, self.type_id = text, offsets, ends, type_id
+    def __init__(self, text: BinText, order: Order, *, type_id: int = 0):
+        self.text, self.order, self.type_id = text, order, type_id
 
     def __len__(self) -> int:
-        return len(self.offsets)
+        return len(self.order.offsets)
 
     @property
     def path(self) -> str:
         return self.text.path
 
+    @property
+    def ends(self) -> IntArray:
+        return self.order.ends
+
     def take(self, order: IntArray) -> FileSamples:
-        ends = np.cumsum(lengths_of(self.ends)[order], dtype=np.int64)
-        return FileSamples(self.text, offsets=self.offsets[order], ends=ends, type_id=self.type_id)
+        return FileSamples(self.text, self.order.take(order), type_id=self.type_id)
 
     def read(self, index: int) -> IntArray:
         """Tokens of one sample.
@@ -111,10 +114,32 @@ class FileSamples:
         Raises:
             DataFormatError: See `BinText.read`.
         """
-        length = int(self.ends[index] - (self.ends[index - 1] if index else 0))
-        return self.text.read(int(self.offsets[index]), length)
+        ends = self.order.ends
+        length = int(ends[index] - (ends[index - 1] if index else 0))
+        return self.text.read(int(self.order.offsets[index]), length)
 
     def read_span(self, first: int, stop: int) -> IntArray:
-        ends = self.ends[first:stop]
-        before = self.ends[first - 1] if first else 0
-        return self.text.read_rows(self.offsets[first:stop], np.diff(ends, prepend=before))
+        ends = self.order.ends
+        lengths = np.diff(ends[first:stop], prepend=ends[first - 1] if first else 0)
+        return self.text.read_rows(self.order.offsets[first:stop], lengths)
+
+
+class KeptSamples(FileSamples):
+    """The samples of a bin that are long enough, in file order; the arrays are made when they are asked for.
+
+    Training asks for them `packed` only, and then a large file is not read at all but mapped.
+    """
+
+    def __init__(self, text: BinText, rows: MetaRows, *, type_id: int = 0):
+        self.text, self.rows, self.type_id = text, rows, type_id
+
+    def __len__(self) -> int:
+        return self.rows.counts.kept_samples
+
+    @property
+    def order(self) -> Order:  # type: ignore[override]
+        return self.rows.in_file_order
+
+    def packed(self) -> FileSamples:
+        """The same samples in the order of packing."""
+        return FileSamples(self.text, self.rows.in_packing_order, type_id=self.type_id)

@@ -120,7 +120,7 @@ def find_sets(folder: str, *, vocab_size: int | None, log: bool = True) -> dict[
             kept = open_kept(path, min_length=VALIDATION_MIN_LENGTH, vocab_size=vocab_size, mappings=mappings)
             if log:
                 report_dropped(kept, name=os.path.relpath(path, folder), min_length=VALIDATION_MIN_LENGTH)
-            parts.append(kept.samples)
+            parts.append(kept)
         if parts:
             sets[os.path.basename(os.path.abspath(root))] = ValidationSet(parts)
     if not sets:

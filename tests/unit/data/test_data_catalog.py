@@ -12,7 +12,8 @@ import pytest
 
 from internlm_ds.data import binmeta, catalog
 from internlm_ds.data.bintext import BinText, Mappings, parse_line
-from internlm_ds.data.samples import FileSamples, lengths_of
+from internlm_ds.data.metarows import Order
+from internlm_ds.data.samples import FileSamples
 from internlm_ds.errors import DataFormatError
 
 
@@ -119,7 +120,7 @@ def test_stale_meta(tmp_path: Path, change: object) -> None:
 
 def test_bin_changed_while_training(tmp_path: Path) -> None:
     path = write_bin(tmp_path / "en/x.bin", [[1, 2], [3, 4], [5, 6]])
-    kept = catalog.open_kept(str(path)).samples
+    kept = catalog.open_kept(str(path))
     kept.read_span(0, 3)
     os.utime(path, ns=(0, 0))
     with pytest.raises(DataFormatError, match=r"x\.bin: the file has changed under this run: it was written to since"):
@@ -140,7 +141,7 @@ def test_bin_of_another_text(tmp_path: Path) -> None:
         (b'{"tokens": [1, 2]}{"tokens": [3, 4]}\n\n', r"x\.bin, line 1, byte 19: no line starts here: the meta"),
     ):
         path.write_bytes(text)
-        samples = FileSamples(BinText(str(path)), offsets=np.array([0, 19]), ends=np.array([2, 4]))
+        samples = FileSamples(BinText(str(path)), Order(np.arange(2), np.array([0, 19]), np.array([2, 4])))
         for read in (samples.read, lambda number, samples=samples: samples.read_span(number, 2)):
             with pytest.raises(DataFormatError, match=message):
                 read(1)
@@ -148,13 +149,13 @@ def test_bin_of_another_text(tmp_path: Path) -> None:
 
 def test_bin_gone_while_training(tmp_path: Path) -> None:
     path = write_bin(tmp_path / "en/x.bin", [[1, 2]])
-    kept = catalog.open_kept(str(path)).samples
+    kept = catalog.open_kept(str(path))
     path.unlink()
     with pytest.raises(DataFormatError, match=r"x\.bin: the file was there at the start and cannot be read any more"):
         kept.read(0)
     path.write_bytes(b"")
     with pytest.raises(DataFormatError, match=r"x\.bin: .* cannot be read any more .*put it back and resume"):
-        FileSamples(BinText(str(path)), offsets=np.array([0]), ends=np.array([1])).read(0)
+        FileSamples(BinText(str(path)), Order(np.arange(1), np.array([0]), np.array([1]))).read(0)
 
 
 def test_ids_beyond_the_vocabulary_are_found_before_training(tmp_path: Path) -> None:
@@ -166,7 +167,7 @@ def test_ids_beyond_the_vocabulary_are_found_before_training(tmp_path: Path) -> 
 
 def test_ids_beyond_the_vocabulary_are_found_when_read(tmp_path: Path) -> None:
     path = write_bin(tmp_path / "en/x.bin", [[1], [60], [2]])
-    kept = catalog.open_kept(str(path), vocab_size=50, samples_to_check=2).samples  # looks at the first and the last
+    kept = catalog.open_kept(str(path), vocab_size=50, samples_to_check=2)  # looks at the first and the last
     with pytest.raises(DataFormatError, match=r"x\.bin, line 2, byte 16: token id 60"):
         kept.read(1)
 
@@ -191,23 +192,14 @@ def test_the_largest_id_noted_leads_to_its_line(tmp_path: Path) -> None:
         catalog.open_kept(str(path), vocab_size=91, samples_to_check=2)
     short = write_bin(tmp_path / "en/y.bin", [[99], [1, 1]])
     Path(f"{short}.json").write_text(json.dumps({"tokenizer": {"vocab_size": 300}, "counts": {"largest_id": 99}}))
-    assert catalog.open_kept(str(short), vocab_size=50, min_length=2).dropped_samples == 1
-
-
-def test_memory_is_the_rows_of_the_meta(tmp_path: Path) -> None:
-    path = write_bin(tmp_path / "en/x.bin", [[7] * 3] * 500)
-    kept = catalog.open_kept(str(path)).samples
-    arrays = [value for value in vars(kept).values() if isinstance(value, np.ndarray)]
-    assert sum(value.nbytes for value in arrays) == 16 * 500
-    order = np.arange(500)[::-1]
-    assert lengths_of(kept.take(order).ends).tolist() == [3] * 500
+    assert catalog.open_kept(str(short), vocab_size=50, min_length=2).rows.counts.kept_samples == 1
 
 
 def test_many_files_need_few_handles(tmp_path: Path) -> None:
     mappings = Mappings(limit=2)
     paths = [str(write_bin(tmp_path / f"{number}.bin", [[number]])) for number in range(5)]
     texts = [BinText(path, mappings=mappings) for path in paths]
-    files = [FileSamples(text, offsets=np.array([0]), ends=np.array([1])) for text in texts]
+    files = [FileSamples(text, Order(np.arange(1), np.array([0]), np.array([1]))) for text in texts]
     assert [file.read(0).tolist() for file in files * 2] == [[n] for n in range(5)] * 2
     assert len(mappings._open) == 2
 
@@ -235,5 +227,5 @@ def test_unusual_lines_are_read_as_json(tmp_path: Path) -> None:
     path.write_bytes(b'{"type": "a", "tokens": [1, 2]}\n{"tokens": []}\n')
     np.save(f"{path}.meta.npy", np.array([[0, 2], [32, 0]]))
     os.rename(f"{path}.meta.npy", f"{path}.meta")
-    kept = catalog.open_kept(str(path)).samples
+    kept = catalog.open_kept(str(path))
     assert [kept.read(number).tolist() for number in range(2)] == [[1, 2], []]

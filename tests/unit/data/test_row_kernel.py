@@ -118,7 +118,7 @@ def test_ids_beyond_the_vocabulary_are_named(tmp_path: Path) -> None:
     with binmeta.Writer(path) as writer:
         for tokens in ([1], [2], [60], [3]):
             writer.write(tokens)
-    kept = catalog.open_kept(str(path), vocab_size=50, samples_to_check=2).samples
+    kept = catalog.open_kept(str(path), vocab_size=50, samples_to_check=2)
     with pytest.raises(DataFormatError, match=r"x\.bin, line 3, byte 32: token id 60"):
         kept.read_span(0, 4)
 
