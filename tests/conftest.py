@@ -11,7 +11,7 @@ from hypothesis import settings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-for folder in ("golden", "e2e", "distributed", "unit/checkpoint"):
+for folder in ("golden", "e2e", "distributed", "unit/checkpoint", "unit/data/doctor"):
     sys.path.insert(0, str(Path(__file__).parent / folder))
 
 # a busy machine is no failure, and a failure is one on every machine: no deadline, the same examples each time

@@ -1,4 +1,4 @@
-"""Which bins lie below a path, and whether their folders are named as training reads them."""
+"""Which bins lie below a path, whether their folders are named as training reads them, and what lies beside them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from internlm_ds.errors import DataFormatError
 
 DATA_TYPES = ("cn", "en", "code", "ja", "ar", "kaoshi")
 SHARES = ("train", "valid")
+_PACKED = (".gz", ".zst", ".xz", ".bz2", ".zip")
 
 
 def bins_below(path: str) -> list[str]:
@@ -30,22 +31,43 @@ def bins_below(path: str) -> list[str]:
     return found
 
 
+def check_folder(folder: str, bins: Sequence[str]) -> Iterator[Finding]:
+    """What is wrong around the bins of a folder."""
+    yield from check_names(folder, bins)
+    for root, _ in walk_bins(folder, key="PATH"):
+        names = set(os.listdir(root))
+        for name in sorted(names):
+            path = os.path.join(root, name)
+            if name.endswith(".bin.meta") and name.removesuffix(".meta") not in names and not name.startswith("."):
+                yield Finding("meta-orphan", path, f"{name.removesuffix('.meta')} does not exist")
+            elif _looks_like_a_bin(name) and not os.path.isdir(path):
+                yield Finding("ignored-file", path, "the name does not end in .bin")
+
+
 def check_names(folder: str, bins: Sequence[str]) -> Iterator[Finding]:
     """Bins that lie in no type's folder, and folders that are none of the six types.
 
     `folder` may be a data set (`en/…`), one type of it, or what the SFT tools write (`train/en/…`, `valid/en/…`).
+    A folder named `valid` may hold bins directly: there a set may have any name.
     """
-    if os.path.basename(os.path.abspath(folder)) in (*DATA_TYPES, "valid"):
-        return
+    own = os.path.basename(os.path.abspath(folder))
     seen = set()
     for path in bins:
         above = os.path.relpath(path, folder).split(os.sep)[:-1]
-        above = above[1:] if above[:1] and above[0] in SHARES else above
+        share = above.pop(0) if above and above[0] in SHARES else own
+        if own in DATA_TYPES or share == "valid":
+            continue
         if not above:
             yield Finding("no-type-folder", path, "it lies in no folder named after a data type")
         elif above[0] not in DATA_TYPES and above[0] not in seen:
             seen.add(above[0])
             near = difflib.get_close_matches(above[0], DATA_TYPES, n=1)
             guess = f"; did you mean {near[0]}?" if near else ""
-            known = ", ".join(DATA_TYPES)
-            yield Finding("unknown-type", path, f"the type {above[0]!r} is none of {known}{guess}")
+            yield Finding("unknown-type", path, f"{above[0]!r} is none of {', '.join(DATA_TYPES)}{guess}")
+
+
+def _looks_like_a_bin(name: str) -> bool:
+    stem, ending = os.path.splitext(name.lower())
+    return not name.startswith(".") and (
+        (ending == ".bin" and not name.endswith(".bin")) or (ending in _PACKED and stem.endswith(".bin"))
+    )

@@ -21,21 +21,23 @@ def as_text(findings: Sequence[Finding], examined: Sequence[Examined]) -> str:
 
 
 def as_json(findings: Sequence[Finding], examined: Sequence[Examined]) -> dict[str, Any]:
-    """`{"files": [...], "findings": [...]}`."""
+    """`{"files": [...], "findings": [...], "errors": N, "warnings": N}`."""
     files = [
         {"file": one.path, "samples": one.samples, "tokens": one.tokens, "bytes": one.num_bytes} for one in examined
     ]
-    return {"files": files, "findings": [finding.as_json() for finding in findings]}
+    errors, warnings = _numbers(findings)
+    listed = [finding.as_json() for finding in findings]
+    return {"files": files, "findings": listed, "errors": errors, "warnings": warnings}
 
 
 def _paragraph(group: Sequence[Finding]) -> str:
-    kind = KINDS[group[0].kind]
-    times = f" ({len(group)} times)" if len(group) > 1 else ""
+    kind, number = KINDS[group[0].kind], sum(finding.times for finding in group)
+    times = f" ({number} times)" if number > 1 else ""
     rows = [f"{group[0].path}: {kind.severity}: {kind.title}{times} [{group[0].kind}]"]
     rows += [f"  {_place(finding)}{finding.message}" for finding in group[:SHOWN]]
     if len(group) > SHOWN:
-        rows.append(f"  … and {len(group) - SHOWN} more (--json lists all)")
-    return "\n".join([*rows, f"  remedy: {kind.remedy}"])
+        rows.append(f"  … and {number - SHOWN} more (--json lists them)")
+    return "\n".join([*rows, f"  remedy: {group[0].remedy}"])
 
 
 def _place(finding: Finding) -> str:
@@ -45,8 +47,18 @@ def _place(finding: Finding) -> str:
     return f"line {finding.line}{at}: "
 
 
+def _numbers(findings: Sequence[Finding]) -> tuple[int, int]:
+    """Errors and warnings."""
+    errors = sum(finding.times for finding in findings if finding.severity == ERROR)
+    return errors, sum(finding.times for finding in findings) - errors
+
+
 def _totals(findings: Sequence[Finding], examined: Sequence[Examined]) -> str:
-    errors = sum(finding.severity == ERROR for finding in findings)
     samples, tokens = sum(one.samples for one in examined), sum(one.tokens for one in examined)
-    found = f"{errors} errors, {len(findings) - errors} warnings" if findings else "nothing wrong"
-    return f"{len(examined)} files, {samples} samples, {tokens} tokens: {found}"
+    errors, warnings = _numbers(findings)
+    found = f"{_counted(errors, 'error')}, {_counted(warnings, 'warning')}" if findings else "nothing wrong"
+    return f"{_counted(len(examined), 'file')}, {_counted(samples, 'sample')}, {_counted(tokens, 'token')}: {found}"
+
+
+def _counted(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"

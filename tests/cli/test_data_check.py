@@ -21,13 +21,13 @@ def folder(tmp_path, monkeypatch):
 
 def test_a_good_set_has_no_finding(folder, capsys):
     assert main(["data", "check", "set"]) == 0
-    assert capsys.readouterr().out == "1 files, 3 samples, 8 tokens: nothing wrong\n"
+    assert capsys.readouterr().out == "1 file, 3 samples, 8 tokens: nothing wrong\n"
 
 
 def test_a_fault_is_named_with_file_line_and_remedy(folder, capsys):
     assert main(["data", "check", "set", "--vocab-size", "8"]) == 1
     out = capsys.readouterr().out
-    assert "set/en/a.bin: error: " in out and "line 3, byte 45: id 8 where" in out and "  remedy: " in out
+    assert "set/en/a.bin: error: " in out and "line 3, byte 45: token 1 of 2 is id 8" in out and "  remedy: " in out
 
 
 def test_json_lists_every_finding(folder, capsys):
