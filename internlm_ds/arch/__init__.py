@@ -1,7 +1,7 @@
 """Model families as data: `build` finds the blueprint of a configuration, `check` what its sizes rule out.
 
-A family is a module here (`internlm`) that turns `ModelConfig` into a `ModelArch`. Families whose module does not exist
-yet, and model types that users register, have no blueprint.
+A family is a module here (`internlm`, `internlm2`, `llama`) that turns `ModelConfig` into a `ModelArch`. Mixtures of
+experts, and model types that users register, have no blueprint.
 """
 
 from __future__ import annotations
@@ -9,15 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from internlm_ds.arch import internlm
+from internlm_ds.arch import internlm, internlm2, llama
+from internlm_ds.arch.parts import mlp_width
 from internlm_ds.arch.spec import ModelArch
 from internlm_ds.config.keys import MODEL_FAMILIES
 from internlm_ds.config.schema import Config, ModelConfig
 from internlm_ds.errors import Problem
 
-_BUILDERS: dict[str, Callable[[ModelConfig], ModelArch]] = {"INTERNLM": internlm.build}
+_BUILDERS: dict[str, Callable[[ModelConfig], ModelArch]] = {
+    "INTERNLM": internlm.build,
+    "INTERNLM2_PUBLIC": internlm2.build,
+    "LLAMA2": llama.build,
+}
+BLUEPRINTS = tuple(_BUILDERS)
+"""Model types that have a blueprint."""
 
-__all__ = ["build", "check", "tensor_divisors"]
+__all__ = ["BLUEPRINTS", "blueprint", "build", "check", "tensor_divisors"]
 
 
 def build(config: Config) -> ModelArch | None:
@@ -25,8 +32,13 @@ def build(config: Config) -> ModelArch | None:
 
     The sizes must have passed `check`.
     """
-    builder = _BUILDERS.get(config.model_type)
-    return builder(config.model) if builder is not None else None
+    return blueprint(config.model_type, config.model)
+
+
+def blueprint(model_type: str, model: ModelConfig) -> ModelArch | None:
+    """The blueprint of a model type with these settings; None as for `build`."""
+    builder = _BUILDERS.get(model_type)
+    return builder(model) if builder is not None else None
 
 
 def check(config: Config, *, line_of: Callable[[str], int | None]) -> list[Problem]:
@@ -63,7 +75,7 @@ def tensor_divisors(config: Config) -> list[tuple[str, int]]:
     model = config.model
     if config.model_type not in MODEL_FAMILIES:
         return []
-    width = internlm.mlp_width(model)
+    width = mlp_width(model)
     found = [("model.num_attention_heads", model.num_attention_heads)]
     if model.num_kv_attention_heads is not None:
         found.append(("model.num_kv_attention_heads", model.num_kv_attention_heads))

@@ -24,6 +24,7 @@ class ParamSpec:
         shape: Whole shape.
         kind: What it is; norms and biases are recognised by it.
         init_std: Standard deviation of the normal it is drawn from; None for a constant.
+        init_uniform: Drawn from the uniform distribution of that standard deviation instead (`init_type`).
         init_value: The constant when `init_std` is None.
         split_dim: Dimension split over tensor ranks, None when every rank holds it whole.
         parts: Number of equal blocks along `split_dim` that are each split over tensor ranks (3 for a packed
@@ -45,6 +46,7 @@ class ParamSpec:
     uneven: bool = False
     on_first_tensor_rank_only: bool = False
     layer: int | None = None
+    init_uniform: bool = False
 
     @property
     def numel(self) -> int:
@@ -72,8 +74,10 @@ class ModelArch:
     """A model family with its sizes filled in.
 
     Attributes:
-        family: `internlm` (version 1). Others follow.
+        family: `internlm` (version 1), `internlm2` or `llama`.
         layers: Embedding, blocks 0 … L-1, final norm (if any), head, in order of computation.
+        rotary_pairs: Which elements of a head are rotated together, as the rows of q and k lie: j and j + d/2
+            (`halves`), or 2j and 2j + 1 (`neighbours`, that is `adapt_hf=False`).
     """
 
     family: str
@@ -85,6 +89,7 @@ class ModelArch:
     head_dim: int
     mlp_hidden_size: int
     layers: tuple[LayerSpec, ...]
+    rotary_pairs: Literal["halves", "neighbours"] = "halves"
 
     @property
     def params(self) -> tuple[ParamSpec, ...]:

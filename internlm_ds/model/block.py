@@ -1,4 +1,4 @@
-"""The transformer block, and the other entries of the layer list as a pipeline stage calls them.
+"""The transformer blocks, and the other entries of the layer list as a pipeline stage calls them.
 
 Every entry takes and returns what a stage passes on: one tuple `(hidden, cu_seqlens)`. The embedding starts with
 tokens in the place of `hidden`, the head ends with logits alone. Sub-modules carry InternLM's names. What they are
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout
+from torch.nn.functional import dropout, normalize
 from torch.utils.checkpoint import checkpoint
 
 from internlm_ds.attention.segments import Segments
@@ -29,6 +29,8 @@ Carried = tuple[Tensor, Tensor]
 class Block(nn.Module):
     """Pre-norm block: h = x + mixer(norm1(x)), out = h + mlp(norm2(h)); dropout on x and on the mixer's output.
 
+    Sub-modules are called `mixer`, `norm1`, `norm2`, `mlp`, as in InternLM v1, or as `NAMES` of a sub-class says.
+
     Args:
         mixer, mlp, norm1, norm2: The parts.
         drop_rate: Dropout probability of the residual stream's inputs.
@@ -37,6 +39,8 @@ class Block(nn.Module):
         recompute_norms: Without `recompute`, do so for dropout and norms alone (`dropout_selective_checkpoint`): their
             fp32 copies of the residual stream are large and cheap to make again.
     """
+
+    NAMES = ("mixer", "norm1", "norm2", "mlp")
 
     def __init__(
         self,
@@ -51,7 +55,8 @@ class Block(nn.Module):
         recompute_norms: bool = False,
     ):
         super().__init__()
-        self.mixer, self.norm1, self.norm2, self.mlp = mixer, norm1, norm2, mlp
+        for name, part in zip(self.NAMES, (mixer, norm1, norm2, mlp), strict=True):
+            self.add_module(name, part)
         self.drop_rate, self.residual_in_fp32 = drop_rate, residual_in_fp32
         self.recompute, self.recompute_norms = recompute, recompute_norms and not recompute
 
@@ -97,6 +102,46 @@ class Block(nn.Module):
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=random)
 
 
+class PreNormBlock(Block):
+    """The block of InternLM2 and Llama: `Block` under their names."""
+
+    NAMES = ("attention", "attention_norm", "ffn_norm", "feed_forward")
+
+    @property
+    def mixer(self) -> SelfAttention:
+        return self.attention
+
+    @property
+    def norm1(self) -> nn.Module:
+        return self.attention_norm
+
+    @property
+    def norm2(self) -> nn.Module:
+        return self.ffn_norm
+
+    @property
+    def mlp(self) -> nn.Module:
+        return self.feed_forward
+
+
+class PostNormBlock(PreNormBlock):
+    """`apply_post_layer_norm`: h = norm1(x + mixer(x)), out = norm2(h + mlp(h)); dropout on what is added to x and h.
+
+    The residual stream has the model's dtype: norms give it back so.
+    """
+
+    def _run(self, x: Tensor, mix: Callable[[Tensor], Tensor]) -> Tensor:
+        run = self._recomputed if self.recompute_norms else _as_is
+        hidden = run(self._leave_mixer, x, mix(x))
+        return run(self._leave_mlp, hidden, self.mlp(hidden))
+
+    def _leave_mixer(self, x: Tensor, mixed: Tensor) -> Tensor:
+        return self.norm1(x + self._drop(mixed))
+
+    def _leave_mlp(self, hidden: Tensor, out: Tensor) -> Tensor:
+        return self.norm2(hidden + self._drop(out))
+
+
 def _as_is(function: Callable[..., Any], *args: Tensor) -> Any:
     return function(*args)
 
@@ -130,3 +175,10 @@ class HeadEntry(ColumnParallelLinear):
 
     def forward(self, carried: Carried) -> Tensor:
         return super().forward(carried[0])
+
+
+class NormHeadEntry(HeadEntry):
+    """The head of `norm_head`: every row of its matrix is divided by its length (Baichuan 2, arXiv 2309.10305)."""
+
+    def _weight(self) -> Tensor:
+        return normalize(super()._weight(), dim=1)

@@ -8,6 +8,7 @@ the CPU, so devices and dtypes agree too; a rank keeps its slice. Standard devia
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 
 import torch
@@ -30,11 +31,17 @@ def stream_seed(seed: int, name: str) -> int:
 
 
 def initial_value(spec: ParamSpec, seed: int) -> Tensor:
-    """The whole parameter, fp32 on the CPU: normal with `spec.init_std`, or the constant `spec.init_value`."""
+    """The whole parameter, fp32 on the CPU: drawn with standard deviation `spec.init_std`, or `spec.init_value`.
+
+    A uniform distribution over [-b, b] has the standard deviation b/sqrt(3).
+    """
     value = torch.empty(spec.shape, dtype=torch.float32, device="cpu")
     if spec.init_std is None:
         return value.fill_(spec.init_value)
     generator = torch.Generator(device="cpu").manual_seed(stream_seed(seed, spec.name))
+    if spec.init_uniform:
+        bound = math.sqrt(3) * spec.init_std
+        return value.uniform_(-bound, bound, generator=generator)
     return value.normal_(0.0, spec.init_std, generator=generator)
 
 

@@ -22,7 +22,7 @@ from internlm_ds.model import block, init
 from internlm_ds.model.mlp import GeluMlp, SwigluMlp
 from internlm_ds.model.norm import build_norm
 from internlm_ds.model.rotary import Rotary
-from internlm_ds.model.self_attention import SelfAttention
+from internlm_ds.model.self_attention import GroupedAttention, PackedAttention, SelfAttention, SeparateAttention
 from internlm_ds.parallel.context import Axis
 
 
@@ -71,9 +71,9 @@ def build_layers(
         ConfigError: A switch that this family does not know.
         LayoutError: A size that does not divide over `tensor`.
     """
-    if arch.family != "internlm":
-        raise ConfigError(f"model family {arch.family!r} has no layers in this version; there is internlm")
-    if model.apply_post_layer_norm:
+    if arch.family not in _ATTENTION:
+        raise ConfigError(f"model family {arch.family!r} has no layers; there are {', '.join(_ATTENTION)}")
+    if model.apply_post_layer_norm and arch.family == "internlm":
         raise ConfigError("model.apply_post_layer_norm = True: InternLM v1 has pre-norm blocks only; use False")
     attend = attention_function(attention, use_flash_attn=model.use_flash_attn)
     parts = _Parts(arch, model, tensor, dtype, norm_dtype, attend, sequence_parallel and tensor.size > 1)
@@ -122,6 +122,13 @@ class LanguageModel(nn.Module):
             yield parameter.logical_name, parameter
 
 
+_ATTENTION: dict[str, type[SelfAttention]] = {
+    "internlm": PackedAttention,
+    "internlm2": GroupedAttention,
+    "llama": SeparateAttention,
+}
+
+
 @dataclass(frozen=True)
 class _Parts:
     """What all layers of a model are built from."""
@@ -149,12 +156,14 @@ class _Parts:
 
     def block(self, recompute: bool) -> nn.Module:
         model, arch = self.model, self.arch
-        mixer = SelfAttention(
+        mixer = _ATTENTION[arch.family](
             arch.hidden_size,
             arch.num_attention_heads,
+            arch.num_kv_attention_heads,
             rotary=self.rotary(),
             attend=self.attend,
             tensor=self.tensor,
+            bias=not model.no_bias,
             sequence_parallel=self.sequence_parallel,
             dropout=model.attn_drop_rate,
             dtype=self.dtype,
@@ -166,7 +175,7 @@ class _Parts:
             sequence_parallel=self.sequence_parallel,
             dtype=self.dtype,
         )
-        return block.Block(
+        return self._block_class()(
             mixer,
             mlp,
             self.norm(),
@@ -177,6 +186,11 @@ class _Parts:
             recompute_norms=model.dropout_selective_checkpoint,
         )
 
+    def _block_class(self) -> type[block.Block]:
+        if self.arch.family == "internlm":
+            return block.Block
+        return block.PostNormBlock if self.model.apply_post_layer_norm else block.PreNormBlock
+
     def rotary(self) -> Rotary:
         model = self.model
         return Rotary(
@@ -184,6 +198,7 @@ class _Parts:
             base=model.rope_base,
             max_position_embeddings=model.max_position_embeddings,
             dynamic_ntk=model.use_dynamic_ntk_rope,
+            neighbours=self.arch.rotary_pairs == "neighbours",
         )
 
     def norm(self, *, final: bool = False) -> nn.Module:
@@ -197,7 +212,8 @@ class _Parts:
         )
 
     def head(self, num_outputs: int) -> nn.Module:
-        return block.HeadEntry(
+        entry = block.NormHeadEntry if self.model.norm_head else block.HeadEntry
+        return entry(
             self.arch.hidden_size,
             num_outputs,
             tensor=self.tensor,

@@ -1,4 +1,4 @@
-"""The two feed-forward layers of InternLM v1: SwiGLU, and the plain GELU one of `use_swiglu=False`. Neither has biases.
+"""The two feed-forward layers: SwiGLU, and the plain GELU one of `use_swiglu=False`. Neither has biases.
 
 Parameter names are InternLM's of 2024: `w1` and `w3` read the residual stream, `w2` writes to it.
 

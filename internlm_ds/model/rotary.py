@@ -1,7 +1,8 @@
 """Rotary position embedding (Su et al., RoFormer, eq. 34), with dynamic NTK scaling of its base.
 
-Pairs are (j, j + D/2), the "NeoX" order. Angles are computed in fp32; cosines and sines are rounded to the dtype of the
-activations; the rotation itself is done in fp32 (fp64 for fp64 activations).
+Pairs are (j, j + D/2), the "NeoX" order, or neighbours (2j, 2j + 1), the order of the paper and of Meta's Llama. Angles
+are computed in fp32; cosines and sines are rounded to the dtype of the activations; the rotation itself is done in fp32
+(fp64 for fp64 activations).
 """
 
 from __future__ import annotations
@@ -25,12 +26,18 @@ class Rotary:
         base: `rope_base`.
         max_position_embeddings: Longest sequence without scaling; only looked at with `dynamic_ntk`.
         dynamic_ntk: Larger base for longer sequences.
+        neighbours: Pairs are (2j, 2j + 1).
     """
 
     head_dim: int
     base: float = 10000.0
     max_position_embeddings: int = 2048
     dynamic_ntk: bool = False
+    neighbours: bool = False
+
+    def rotate(self, x: Tensor, tables: Tables) -> Tensor:
+        """Rotate every head of x `(T, …, D)` by its token's angles; see `rotate`."""
+        return rotate(x, tables, neighbours=self.neighbours)
 
     def tables_of(self, segments: Segments, dtype: torch.dtype) -> Tables:
         """Cosines and sines `(T, D/2)` for the tokens of a micro-batch; made once for all layers of a stage."""
@@ -55,10 +62,15 @@ class Rotary:
         return self.base * (longest / self.max_position_embeddings) ** (self.head_dim / (self.head_dim - 2))
 
 
-def rotate(x: Tensor, tables: Tables) -> Tensor:
-    """Rotate every head of x `(T, …, D)` by its token's angles `(T, D/2)`: a' = a cos - b sin, b' = a sin + b cos."""
+def rotate(x: Tensor, tables: Tables, *, neighbours: bool = False) -> Tensor:
+    """Rotate every head of x `(T, …, D)` by its token's angles `(T, D/2)`: a' = a cos - b sin, b' = a sin + b cos.
+
+    Pairs (a, b) come out as halves of the head, also where they went in as neighbours: queries and keys are treated
+    alike, and their products do not depend on the order.
+    """
     compute = torch.promote_types(x.dtype, torch.float32)
     heads = (1,) * (x.dim() - 2)
     cos, sin = (t.to(compute).view(t.shape[0], *heads, t.shape[1]) for t in tables)
-    a, b = x.to(compute).chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
+    x, dtype = x.to(compute), x.dtype
+    a, b = (x[..., 0::2], x[..., 1::2]) if neighbours else x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(dtype)

@@ -1,10 +1,11 @@
-"""Multi-head self-attention of InternLM v1: one packed projection `Wqkv`, rotary, packed causal attention, `out_proj`.
+"""Multi-head self-attention: projection, rotary, packed causal attention, output matrix.
 
-How attention is computed comes from outside as a function (`attention.select`); the key/value cache belongs to
-`generate`.
+Three ways to make queries, keys and values, with the parameter names of their families: `PackedAttention` (InternLM
+v1), `GroupedAttention` (InternLM2, several query heads for one key/value head), `SeparateAttention` (Llama). How
+attention is computed comes from outside as a function (`attention.select`); the cache belongs to `generate`.
 
-Legend: T tokens, H hidden, N heads, D head width; n = N / tensor.size. With `sequence_parallel` a rank gets and gives
-its tokens only; attention itself sees all of them.
+Legend: T tokens, H hidden, N heads, G key/value heads, D head width, m = N/G query heads for each key/value head;
+n, g: N, G / tensor.size. With `sequence_parallel` a rank gets and gives its tokens only; attention itself sees all.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from torch import Tensor, nn
 from internlm_ds.attention import sdpa
 from internlm_ds.attention.segments import Segments
 from internlm_ds.attention.select import Attend
-from internlm_ds.model.rotary import Rotary, rotate
-from internlm_ds.parallel.collectives import share
+from internlm_ds.model.rotary import Rotary, Tables
+from internlm_ds.parallel.collectives import enter_region, share
 from internlm_ds.parallel.context import Axis
 from internlm_ds.parallel.linear import ColumnParallelLinear, RowParallelLinear
 
@@ -29,46 +30,125 @@ class KeyValueCache(Protocol):
     length: int
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add `(t, n, D)` twice and return everything so far, `(s, n, D)` twice."""
+        """Add `(t, g, D)` twice and return everything so far, `(s, g, D)` twice."""
         ...
 
 
 class SelfAttention(nn.Module):
-    """`(T, H) -> (T, H)`."""
+    """`(T, H) -> (T, H)`; what the three have in common.
+
+    Args:
+        num_kv_heads: G; N is a multiple of it, and tensor ranks divide it.
+        bias: Projections and output have biases.
+        dropout: Of attention weights, in training.
+    Raises:
+        LayoutError: The heads do not divide over the axis.
+    """
 
     def __init__(
         self,
         hidden_size: int,
         num_heads: int,
+        num_kv_heads: int,
         *,
         rotary: Rotary,
         attend: Attend,
         tensor: Axis,
+        bias: bool = True,
         sequence_parallel: bool = False,
         dropout: float = 0.0,
         dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
         self.num_local_heads = share(num_heads, tensor, what="model.num_attention_heads")
+        self.num_local_groups = share(num_kv_heads, tensor, what="model.num_kv_attention_heads")
         self.rotary, self.attend, self.dropout = rotary, attend, dropout
-        common = {"tensor": tensor, "sequence_parallel": sequence_parallel, "dtype": dtype}
-        self.Wqkv = ColumnParallelLinear(hidden_size, 3 * hidden_size, **common)
-        self.out_proj = RowParallelLinear(hidden_size, hidden_size, **common)
+        self.tensor, self.sequence_parallel = tensor, sequence_parallel
+        common = {"tensor": tensor, "bias": bias, "dtype": dtype}
+        self._build(hidden_size, num_heads * rotary.head_dim, num_kv_heads * rotary.head_dim, common)
 
     def forward(self, x: Tensor, segments: Segments) -> Tensor:
         """All tokens of a micro-batch; each segment attends to itself only."""
-        qkv = self._project(x)
-        q, k = rotate(qkv[:, :2], self.rotary.tables_of(segments, qkv.dtype)).unbind(dim=1)
-        context = self.attend(q, k, qkv[:, 2], segments, dropout=self.dropout if self.training else 0.0)
-        return self.out_proj(context.flatten(1))
+        q, k, v = self._project(x, lambda dtype: self.rotary.tables_of(segments, dtype))
+        context = self.attend(q, k, v, segments, dropout=self.dropout if self.training else 0.0)
+        return self._output(context.flatten(1))
 
     def extend(self, x: Tensor, cache: KeyValueCache) -> Tensor:
         """The next t tokens of one sequence whose earlier tokens lie in `cache`: `(t, H) -> (t, H)`."""
-        qkv, stop = self._project(x), cache.length + len(x)
+        stop = cache.length + len(x)
         positions = torch.arange(cache.length, stop, device=x.device)
-        q, k = rotate(qkv[:, :2], self.rotary.tables(positions, stop, qkv.dtype)).unbind(dim=1)
-        return self.out_proj(sdpa.extend(q, *cache.append(k, qkv[:, 2])).flatten(1))
+        q, k, v = self._project(x, lambda dtype: self.rotary.tables(positions, stop, dtype))
+        return self._output(sdpa.extend(q, *cache.append(k, v)).flatten(1))
 
-    def _project(self, x: Tensor) -> Tensor:
-        """`(T, H) -> (T, 3, n, D)`; a rank's rows of Wqkv are its queries, then its keys, then its values."""
-        return self.Wqkv(x).unflatten(-1, (3, self.num_local_heads, -1))
+    def _build(self, hidden_size: int, q_width: int, kv_width: int, common: dict) -> None:
+        """Make the matrices, under the family's names."""
+        raise NotImplementedError
+
+    def _project(self, x: Tensor, tables: TablesFor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, rotated, and values: `(T, n, D)`, `(T, g, D)` twice."""
+        raise NotImplementedError
+
+    def _output(self, context: Tensor) -> Tensor:
+        """`(T, n·D) -> (T, H)`."""
+        raise NotImplementedError
+
+
+class TablesFor(Protocol):
+    """Rotary tables of the tokens at hand, in a dtype."""
+
+    def __call__(self, dtype: torch.dtype) -> Tables: ...
+
+
+class PackedAttention(SelfAttention):
+    """InternLM v1: `Wqkv`, whose rows (a rank's, too) are queries, then keys, then values; `out_proj`."""
+
+    def _build(self, hidden_size: int, q_width: int, kv_width: int, common: dict) -> None:
+        parallel = {**common, "sequence_parallel": self.sequence_parallel}
+        self.Wqkv = ColumnParallelLinear(hidden_size, q_width + 2 * kv_width, **parallel)
+        self.out_proj = RowParallelLinear(q_width, hidden_size, **parallel)
+
+    def _project(self, x: Tensor, tables: TablesFor) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = self.Wqkv(x).unflatten(-1, (3, self.num_local_heads, -1))
+        q, k = self.rotary.rotate(qkv[:, :2], tables(qkv.dtype)).unbind(dim=1)
+        return q, k, qkv[:, 2]
+
+    def _output(self, context: Tensor) -> Tensor:
+        return self.out_proj(context)
+
+
+class GroupedAttention(SelfAttention):
+    """InternLM2: `wqkv`, whose rows are for every key/value head its m queries, its key, its value; `wo`."""
+
+    def _build(self, hidden_size: int, q_width: int, kv_width: int, common: dict) -> None:
+        parallel = {**common, "sequence_parallel": self.sequence_parallel}
+        self.wqkv = ColumnParallelLinear(hidden_size, q_width + 2 * kv_width, **parallel)
+        self.wo = RowParallelLinear(q_width, hidden_size, **parallel)
+
+    def _project(self, x: Tensor, tables: TablesFor) -> tuple[Tensor, Tensor, Tensor]:
+        qkv = self.wqkv(x).unflatten(-1, (self.num_local_groups, -1, self.rotary.head_dim))  # (T, g, m + 2, D)
+        made = tables(qkv.dtype)
+        q = self.rotary.rotate(qkv[:, :, :-2], made).flatten(1, 2)
+        return q, self.rotary.rotate(qkv[:, :, -2], made), qkv[:, :, -1]
+
+    def _output(self, context: Tensor) -> Tensor:
+        return self.wo(context)
+
+
+class SeparateAttention(SelfAttention):
+    """Llama: `wq`, `wk`, `wv`; `wo`."""
+
+    def _build(self, hidden_size: int, q_width: int, kv_width: int, common: dict) -> None:
+        # the input enters once for all three
+        self.wq = ColumnParallelLinear(hidden_size, q_width, enters=False, **common)
+        self.wk = ColumnParallelLinear(hidden_size, kv_width, enters=False, **common)
+        self.wv = ColumnParallelLinear(hidden_size, kv_width, enters=False, **common)
+        self.wo = RowParallelLinear(q_width, hidden_size, sequence_parallel=self.sequence_parallel, **common)
+
+    def _project(self, x: Tensor, tables: TablesFor) -> tuple[Tensor, Tensor, Tensor]:
+        x = enter_region(x.to(self.wq.weight.dtype), self.tensor, sequence_parallel=self.sequence_parallel)
+        q, k, v = (matrix(x).unflatten(-1, (-1, self.rotary.head_dim)) for matrix in (self.wq, self.wk, self.wv))
+        made = tables(q.dtype)
+        return self.rotary.rotate(q, made), self.rotary.rotate(k, made), v
+
+    def _output(self, context: Tensor) -> Tensor:
+        return self.wo(context)

@@ -67,8 +67,12 @@ class ColumnParallelLinear(nn.Module):
         x = x.to(self.weight.dtype)
         if self.enters:
             x = enter_region(x, self.tensor, sequence_parallel=self.sequence_parallel)
-        y = linear(x, scale_gradient(self.weight, self.weight_scale), self.bias, self.weight_grads)
+        y = linear(x, self._weight(), self.bias, self.weight_grads)
         return gather_last_dim(y, self.tensor, length=self.out_features) if self.gather_output else y
+
+    def _weight(self) -> Tensor:
+        """The matrix as it is used."""
+        return scale_gradient(self.weight, self.weight_scale)
 
 
 class RowParallelLinear(nn.Module):

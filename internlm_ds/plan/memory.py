@@ -4,8 +4,9 @@ The counts follow what is really allocated: DeepSpeed's stage-1 optimizers (fp32
 the reduction buffer is made whole at every step) and the tensors that our layers keep for the backward pass. A test
 compares the latter with what autograd saves.
 
-Legend: T tokens of a micro-batch, H hidden, F mlp width, V vocabulary, N heads, D head width; P parameters of the stage
-on this rank, z ranks that share optimizer states; b bytes of the model's dtype, g of the dtype gradients are summed in.
+Legend: T tokens of a micro-batch, H hidden, F mlp width, V vocabulary, N heads, D head width, K width of all keys; P
+parameters of the stage on this rank, z ranks that share optimizer states; b bytes of the model's dtype, g of the dtype
+gradients are summed in.
 """
 
 from __future__ import annotations
@@ -192,7 +193,7 @@ def _activations(
     found = []
     if blocks - recomputed:
         nbytes = math.ceil(in_flight * (blocks - recomputed) * whole)
-        formula = f"{many}{blocks - recomputed}·{block_formula(model)}"
+        formula = f"{many}{blocks - recomputed}·{block_formula(arch, model)}"
         found.append(Component("activations of blocks", nbytes, formula, "forward_backward"))
     if recomputed:
         nbytes, formula = math.ceil(in_flight * recomputed * kept), f"{many}{recomputed}·b·T·H"
@@ -209,12 +210,23 @@ def _activations(
 def _put_off(arch: ModelArch, model: ModelConfig, *, tokens: int, blocks: int, waiting: int) -> Component:
     """What waits for a weight pass: inputs of the blocks' linear layers, and gradients of their outputs.
 
-    Inputs: H each of attention, its output and the MLP, F of the MLP's end. Gradients: 3H of q k v, H of each end, F of
-    each of the MLP's wide products.
+    Inputs: H each of attention, its output and the MLP, F of the MLP's end. Gradients: H + 2K of q k v, H of each end,
+    F of each of the MLP's wide products.
     """
     wide = 3 if model.use_swiglu else 2
-    nbytes = waiting * blocks * BYTES[model.dtype] * tokens * (8 * arch.hidden_size + wide * arch.mlp_hidden_size)
-    return Component("put-off weight gradients", nbytes, f"{waiting}·{blocks}·b·T·(8H + {wide}F)", "forward_backward")
+    hidden, formula = _widths(arch, of_hidden=6, of_keys=2)
+    nbytes = waiting * blocks * BYTES[model.dtype] * tokens * (hidden + wide * arch.mlp_hidden_size)
+    return Component(
+        "put-off weight gradients", nbytes, f"{waiting}·{blocks}·b·T·({formula} + {wide}F)", "forward_backward"
+    )
+
+
+def _widths(arch: ModelArch, *, of_hidden: int, of_keys: int) -> tuple[int, str]:
+    """A sum of H's and K's, as a number and in letters; K is H where every head has keys of its own."""
+    keys = arch.num_kv_attention_heads * arch.head_dim
+    if keys == arch.hidden_size:
+        return (of_hidden + of_keys) * keys, f"{of_hidden + of_keys}H"
+    return of_hidden * arch.hidden_size + of_keys * keys, f"{of_hidden}H + {of_keys}K"
 
 
 def _work(arch: ModelArch, model: ModelConfig, layers: list[LayerSpec], *, tokens: int, recomputes: bool) -> Component:
@@ -223,10 +235,12 @@ def _work(arch: ModelArch, model: ModelConfig, layers: list[LayerSpec], *, token
     backward = b * T * (4 * arch.mlp_hidden_size + 2 * H) + (block_bytes(arch, model, tokens=T) if recomputes else 0)
     # logits, and in fp32: log-probabilities, their gradient, and the gradient of the logits
     loss = T * V * (12 + b)
-    # the final norm keeps its fp32 input and its two results
-    loss += T * H * (4 + 2 * b)
+    formula = "T·V·(12 + b)"
+    if any(layer.kind == "norm" for layer in layers):
+        # the final norm keeps its fp32 input and its two results
+        loss, formula = loss + T * H * (4 + 2 * b), f"{formula} + T·H·(4 + 2b)"
     if layers[-1].kind == "head" and loss > backward:
-        return Component("logits and loss", loss, "T·V·(12 + b) + T·H·(4 + 2b)", "forward_backward")
+        return Component("logits and loss", loss, formula, "forward_backward")
     formula = "b·T·(4F + 2H)" + (" + one block" if recomputes else "")
     return Component("backward of one block", backward, formula, "forward_backward")
 
@@ -234,13 +248,13 @@ def _work(arch: ModelArch, model: ModelConfig, layers: list[LayerSpec], *, token
 def block_bytes(arch: ModelArch, model: ModelConfig, *, tokens: int) -> int:
     """What a block that is not recomputed keeps for its backward pass.
 
-    Attention keeps its normed input, q k v as projected and as rotated, the output twice (as computed and as laid out
-    for the next product) and the fp32 softmax statistics; the MLP its normed input and four intermediate results (two
-    without SwiGLU). Norms keep their input and are recomputed with `dropout_selective_checkpoint`, else they keep fp32
-    copies.
+    Attention keeps its normed input, q k v as projected (v alone where they are separate matrices) and q k as rotated,
+    the output twice (as computed and as laid out for the next product) and the fp32 softmax statistics; the MLP its
+    input and four intermediate results (two without SwiGLU). Norms keep their input and are recomputed with
+    `dropout_selective_checkpoint`, else they keep fp32 copies. A post-norm block keeps as much.
     """
     b, T, H = BYTES[model.dtype], tokens, arch.hidden_size
-    hidden = 1 + 3 + 2 + 2 + 1
+    hidden, _ = _widths(arch, **_kept_by_linear(arch))
     wide = 4 if model.use_swiglu else 2
     statistics = 4 * T * arch.num_attention_heads + 4 * T * arch.head_dim
     if model.dropout_selective_checkpoint:
@@ -250,12 +264,19 @@ def block_bytes(arch: ModelArch, model: ModelConfig, *, tokens: int) -> int:
     if model.drop_rate:
         # the residual behind dropout is another tensor than the block's input; else one byte of mask an element
         norms += b * T * H if model.dropout_selective_checkpoint else 2 * T * H
-    return b * T * (hidden * H + wide * arch.mlp_hidden_size) + statistics + norms
+    return b * T * (hidden + wide * arch.mlp_hidden_size) + statistics + norms
 
 
-def block_formula(model: ModelConfig) -> str:
+def _kept_by_linear(arch: ModelArch) -> dict[str, int]:
+    """H's and K's that attention and the entry of the MLP keep: inputs, projections, rotated q k, outputs."""
+    if arch.family == "llama":
+        return {"of_hidden": 5, "of_keys": 2}
+    return {"of_hidden": 6, "of_keys": 3}
+
+
+def block_formula(arch: ModelArch, model: ModelConfig) -> str:
     """`block_bytes` in letters."""
-    wide = 4 if model.use_swiglu else 2
-    if model.dropout_selective_checkpoint:
-        return f"(b·T·(11H + {wide}F) + 4·T·(N + D))"
-    return f"(b·T·(11H + {wide}F) + 8·T·H + 4·T·(N + D))"
+    kept = _kept_by_linear(arch)
+    _, hidden = _widths(arch, of_hidden=kept["of_hidden"] + 2, of_keys=kept["of_keys"])
+    copies = "" if model.dropout_selective_checkpoint else "8·T·H + "
+    return f"(b·T·({hidden} + {4 if model.use_swiglu else 2}F) + {copies}4·T·(N + D))"

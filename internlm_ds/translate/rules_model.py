@@ -16,7 +16,7 @@ from internlm_ds.translate.rules import (
     refused,
 )
 
-FAMILIES_LATER = ("INTERNLM2_PUBLIC", "LLAMA2", "INTERNLM_MoE")
+FAMILIES_LATER = ("INTERNLM_MoE",)
 ONE_TENSOR_RANK = "one tensor rank holds everything whole"
 TENSOR_MODES = {
     "mtp": "activations between tensor regions are whole on every rank",
@@ -52,7 +52,7 @@ MODEL_WORDS = {
 
 def _model_type(leaf: Leaf, facts: Facts) -> Verdict:
     if leaf.value in FAMILIES_LATER:
-        return refused("this model family is not built in this version; INTERNLM is, and types of your own registry")
+        return refused("mixtures of experts are not built in this version")
     if facts.spec.arch is None:
         return native("built by the function registered under this name")
     return native("our model, layer by layer a DeepSpeed PipelineModule")
@@ -99,12 +99,14 @@ def _size_or_switch(leaf: Leaf, facts: Facts) -> Verdict:
     return native(MODEL_WORDS.get(leaf.key.removeprefix("model."), "read by our model"))
 
 
-def _only_v1(*values: object, what: str) -> Rule:
-    """Rule of a key that InternLM v1's builder lacks: harmless where neutral or where another builder takes it."""
+def _not_v1(*values: object, what: str, words: str) -> Rule:
+    """Rule of a key that InternLM v1's builder lacks: harmless there at these values."""
 
     def rule(leaf: Leaf, facts: Facts) -> Verdict:
         if facts.spec.arch is None:
             return native("given to the model's builder")
+        if facts.spec.arch.family != "internlm":
+            return native(words)
         if leaf.value in values:
             return no_effect(f"neutral; InternLM v1 has no {what}")
         return refused(f"InternLM v1 has no {what}")
@@ -113,14 +115,50 @@ def _only_v1(*values: object, what: str) -> Rule:
 
 
 def _kv_heads(leaf: Leaf, facts: Facts) -> Verdict:
+    heads = facts.config.model.num_attention_heads
     if facts.spec.arch is None:
         return native("given to the model's builder")
-    if leaf.value in (None, facts.config.model.num_attention_heads):
-        return no_effect("InternLM v1 has as many key/value heads as heads")
+    if leaf.value in (None, heads):
+        return no_effect("as many key/value heads as heads")
+    if facts.spec.arch.family != "internlm":
+        return native(f"groups of {heads // leaf.value} query heads share a key/value head")
     return refused(
-        f"InternLM v1 has as many key/value heads as heads ({facts.config.model.num_attention_heads}); "
-        "grouped heads come with another model family"
+        f"InternLM v1 has as many key/value heads as heads ({heads}); INTERNLM2_PUBLIC and LLAMA2 have grouped heads"
     )
+
+
+def _post_norm(leaf: Leaf, facts: Facts) -> Verdict:
+    if not leaf.value:
+        return no_effect("norms come before attention and MLP")
+    if facts.spec.arch is None:
+        return native("given to the model's builder")
+    if facts.spec.arch.family != "internlm":
+        return native("our post-norm blocks, without a final norm")
+    return refused("InternLM v1 has no such block (InternLM itself ignores the key there); write False")
+
+
+def _deepnorm(leaf: Leaf, facts: Facts) -> Verdict:
+    if facts.spec.arch is None:
+        return native("given to the model's builder")
+    if not leaf.value:
+        return no_effect("switched off")
+    return refused("InternLM has no DeepNorm in its blocks either: it stops at this key; write False")
+
+
+def _init_type(leaf: Leaf, facts: Facts) -> Verdict:
+    if facts.spec.arch is None or leaf.value == "normal" or facts.spec.arch.family == "internlm":
+        return _not_v1("normal", what="other kind of initial values", words="drawn from normal distributions")(
+            leaf, facts
+        )
+    return approximate(
+        "drawn from uniform distributions of the standard deviations given; InternLM's bound sqrt(3*std) makes them "
+        "sqrt(std)"
+    )
+
+
+_INIT_STD = _not_v1(
+    0.02, what="such key: its standard deviations are fixed", words="standard deviation of initial values"
+)
 
 
 def _parallel_output(leaf: Leaf, facts: Facts) -> Verdict:
@@ -255,20 +293,27 @@ RULES: dict[str, Rule] = {
     "model.use_flash_attn": _flash,
     "model.parallel_output": _parallel_output,
     "model.num_chunks": _num_chunks,
-    "model.apply_post_layer_norm": neutral(
-        False,
-        off="norms come before attention and MLP",
-        on=refused("InternLM v1 has no such block (InternLM itself ignores the key there); write False"),
-    ),
+    "model.apply_post_layer_norm": _post_norm,
     "model.is_reward": neutral(
         False, off="a language model", on=refused("reward models are not built in this version; write False")
     ),
     "model.dropout_selective_checkpoint": _selective,
     "model.num_kv_attention_heads": _kv_heads,
-    "model.no_bias": _only_v1(False, None, what="switch for its attention biases"),
-    "model.adapt_hf": _only_v1(None, True, what="other order of rotary pairs"),
-    "model.norm_head": _only_v1(False, None, what="normalised head"),
-    "model.deepnorm": _only_v1(False, None, what="DeepNorm"),
+    "model.no_bias": _not_v1(False, None, what="switch for its attention biases", words="biases of attention"),
+    "model.adapt_hf": _not_v1(
+        None, True, what="other order of rotary pairs", words="order of the rows of q and k: halves, or neighbours"
+    ),
+    "model.norm_head": _not_v1(
+        False, None, what="normalised head", words="rows of the head's matrix are divided by their length"
+    ),
+    "model.deepnorm": _deepnorm,
+    "model.init_type": _init_type,
+    "model.embedding_init_std": _INIT_STD,
+    "model.attn_wqkv_init_std": _INIT_STD,
+    "model.attn_other_init_std": _INIT_STD,
+    "model.ffn_uplayer_init_std": _INIT_STD,
+    "model.ffn_other_init_std": _INIT_STD,
+    "model.out_head_init_std": _INIT_STD,
     "model.num_experts": _moe(1, None),
     "model.moe_use_residual": _moe(False, None),
     "model.moe_type": always(no_effect(DENSE)),

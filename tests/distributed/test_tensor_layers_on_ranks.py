@@ -20,7 +20,7 @@ from internlm_ds.model.metrics import TokenMetrics, token_values
 from internlm_ds.model.mlp import GeluMlp, SwigluMlp
 from internlm_ds.model.norm import LayerNorm
 from internlm_ds.model.rotary import Rotary
-from internlm_ds.model.self_attention import SelfAttention
+from internlm_ds.model.self_attention import GroupedAttention, PackedAttention, SelfAttention, SeparateAttention
 from internlm_ds.parallel.context import Axis
 from internlm_ds.parallel.embedding import HiddenSplitEmbedding, VocabSplitEmbedding
 from internlm_ds.parallel.linear import ColumnParallelLinear, RowParallelLinear
@@ -118,11 +118,12 @@ def _mlps(axis: Axis) -> None:
 class OneInput(torch.nn.Module):
     """Attention over fixed segments, as a layer of one input."""
 
-    def __init__(self, axis: Axis, sequence_parallel: bool):
+    def __init__(self, kind: type[SelfAttention], axis: Axis, sequence_parallel: bool, groups: int):
         super().__init__()
-        self.inner = SelfAttention(
+        self.inner = kind(
             16,
             4,
+            groups,
             rotary=Rotary(4, dynamic_ntk=True, max_position_embeddings=3),
             attend=attention_function("sdpa", use_flash_attn=False),
             tensor=axis,
@@ -136,23 +137,39 @@ class OneInput(torch.nn.Module):
 
 
 def _attention(axis: Axis) -> None:
-    specs = [
-        ParamSpec("inner.Wqkv.weight", (48, 16), "linear", split_dim=0, parts=3, granule=4),
-        ParamSpec("inner.Wqkv.bias", (48,), "bias", split_dim=0, parts=3, granule=4),
-        ParamSpec("inner.out_proj.weight", (16, 16), "linear", split_dim=1, granule=4),
-        ParamSpec("inner.out_proj.bias", (16,), "bias", on_first_tensor_rank_only=True),
+    output = [
+        ParamSpec("weight", (16, 16), "linear", split_dim=1, granule=4),
+        ParamSpec("bias", (16,), "bias", on_first_tensor_rank_only=True),
     ]
-    for sequence_parallel in (False, True):
-        dim = 0 if sequence_parallel else None
-        assert_sharded_equals_whole(
-            lambda a, s=sequence_parallel: OneInput(a, s and a.size > 1),
-            specs,
-            axis=axis,
-            x=normal(8, 16) * 0.3,
-            input_dim=dim,
-            output_dim=dim,
-            tolerance=1e-8,
-        )
+    groups = max(2, axis.size)
+
+    def rows(name: str, count: int, **split) -> list[ParamSpec]:
+        return [
+            ParamSpec(f"{name}.weight", (count, 16), "linear", split_dim=0, **split),
+            ParamSpec(f"{name}.bias", (count,), "bias", split_dim=0, **split),
+        ]
+
+    packed = rows("Wqkv", 48, parts=3, granule=4)
+    grouped = rows("wqkv", 16 + 8 * groups, granule=(16 + 8 * groups) // groups)
+    separate = [*rows("wq", 16), *rows("wk", 4 * groups), *rows("wv", 4 * groups)]
+    kinds = (
+        (PackedAttention, 4, packed, "out_proj"),
+        (GroupedAttention, groups, grouped, "wo"),
+        (SeparateAttention, groups, separate, "wo"),
+    )
+    for kind, num_groups, projections, name in kinds:
+        specs = [*projections, *(replace(spec, name=f"{name}.{spec.name}") for spec in output)]
+        for sequence_parallel in (False, True):
+            dim = 0 if sequence_parallel else None
+            assert_sharded_equals_whole(
+                lambda a, k=kind, s=sequence_parallel, g=num_groups: OneInput(k, a, s and a.size > 1, g),
+                [replace(spec, name=f"inner.{spec.name}") for spec in specs],
+                axis=axis,
+                x=normal(8, 16) * 0.3,
+                input_dim=dim,
+                output_dim=dim,
+                tolerance=1e-8,
+            )
 
 
 def _norm(axis: Axis) -> None:

@@ -12,7 +12,7 @@ import pytest
 import tiny_runs
 import torch
 
-from internlm_ds.arch import internlm as blueprint
+from internlm_ds.arch import BLUEPRINTS, blueprint
 from internlm_ds.checkpoint import unpickle
 from internlm_ds.checkpoint.formats import internlm
 from internlm_ds.checkpoint.formats.internlm_run import KINDS, InternlmRun
@@ -42,13 +42,13 @@ def described(case: Path) -> dict:
     return cases.read_json(case / "layout.json")
 
 
-def v1_model(case: Path):
+def arch_of(case: Path):
     layout = described(case)
-    if layout["model_type"] != "INTERNLM":
+    if layout["model_type"] not in BLUEPRINTS:
         pytest.skip(f"{layout['model_type']} does not exist in this version")
     if any(internlm.OTHER_SPLIT.fullmatch(path.name) for path in case.rglob("*.pt")):
         pytest.skip("weights split over other ranks (isp) are not read in this version")
-    return model_of_dict(layout["model_kwargs"])
+    return blueprint(layout["model_type"], model_of_dict(layout["model_kwargs"]))
 
 
 def initial(name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -59,7 +59,7 @@ def initial(name: str, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def test_checkpoints_weights_merge(case):
-    arch = blueprint.build(v1_model(case))
+    arch = arch_of(case)
     folders = [found.path for found in find_checkpoints(case / "ckpt")]
     assert folders
     for folder in folders:
@@ -159,7 +159,7 @@ def continued(case: Path, start: Path, here: Path, *overrides: str, ranks: int =
 
 @pytest.mark.timeout(240)
 def test_checkpoints_runs_go_on_at_other_layouts(case, tmp_path):
-    v1_model(case)
+    arch_of(case)
     start = find_checkpoints(case / "ckpt")[-1].path
     context, sampler = (unpickle.load(start / f"{name}.pt") for name in ("context", "sampler"))
     losses = []
@@ -186,7 +186,7 @@ def test_checkpoints_runs_go_on_at_other_layouts(case, tmp_path):
 
 def test_checkpoints_optimizer_states_are_whole(case):
     """Each parameter's master rounds to its weight; moments are those of the gradients that the README gives."""
-    arch = blueprint.build(v1_model(case))
+    arch = arch_of(case)
     for found in find_checkpoints(case / "ckpt"):
         run = InternlmRun(found.path, arch=arch)
         assert run.train_state["optimizer_updates"] == found.step
@@ -197,7 +197,7 @@ def test_checkpoints_optimizer_states_are_whole(case):
 
 def test_checkpoints_moments_lie_where_the_plan_says(case):
     """The slow way: walk through each file's plan by hand, compare every parameter's part with its shard."""
-    arch = blueprint.build(v1_model(case))
+    arch = arch_of(case)
     folder = find_checkpoints(case / "ckpt")[0].path
     run, tensor_size = InternlmRun(folder, arch=arch), described(case)["tp"]
     compared = 0

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 from cases import case_folders, golden, read_json
 
+from internlm_ds.arch import BLUEPRINTS
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 CASES = case_folders("e2e", "expected.json")
-FAMILIES = {"INTERNLM"}
 
 RELATIVE = {"loss": 1e-5, "grad_norm": 1e-5, "lr_used": 1e-9, "lr": 1e-9, "adam_beta2": 1e-9, "loss_scale": 1e-9}
 EXACT = [
@@ -93,7 +94,7 @@ def _size(value) -> int:
 def _expected(case: Path) -> dict:
     expected = read_json(case / "expected.json")
     family = expected["settings"].get("model_type", "INTERNLM")
-    if family not in FAMILIES:
+    if family not in BLUEPRINTS:
         pytest.skip(f"model family {family} does not exist in this version")
     return expected
 

@@ -8,7 +8,7 @@ import torch
 from cases import case_folders, golden, read_json
 from deviations import is_post_norm_of_internlm1
 
-from internlm_ds.arch import internlm
+from internlm_ds.arch import BLUEPRINTS, blueprint
 from internlm_ds.config.schema import ModelConfig
 from internlm_ds.errors import ConfigError
 from internlm_ds.model.layers import LanguageModel, build_layers
@@ -16,7 +16,6 @@ from internlm_ds.model.loss import cross_entropy
 from internlm_ds.parallel.context import Axis
 
 FOLDERS = case_folders("models", "summary.json")
-BLUEPRINTS = {"INTERNLM": internlm.build}
 TOLERANCE = 1e-4
 
 
@@ -27,7 +26,7 @@ def blueprint_of(summary):
     known = {field.name for field in fields(ModelConfig)}
     keywords = {k: v for k, v in summary["model_kwargs"].items() if k in known and k not in ("dtype", "extra")}
     config = ModelConfig(**keywords)
-    return config, BLUEPRINTS[summary["model_type"]](config)
+    return config, blueprint(summary["model_type"], config)
 
 
 def load(folder, dtype):

@@ -7,8 +7,9 @@ import pytest
 import torch
 from cases import case_folders, golden, read_json
 from deviations import is_post_norm_of_internlm1
-from test_models import BLUEPRINTS, TOLERANCE, blueprint_of
+from test_models import TOLERANCE, blueprint_of
 
+from internlm_ds.arch import BLUEPRINTS
 from internlm_ds.layout.ranks import Layout
 from internlm_ds.model.layers import LanguageModel, build_layers
 from internlm_ds.model.loss import cross_entropy

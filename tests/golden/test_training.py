@@ -13,17 +13,18 @@ from pathlib import Path
 import pytest
 from cases import case_folders, golden, read_json
 
+from internlm_ds.arch import BLUEPRINTS
 from internlm_ds.layout.ranks import Layout
 from internlm_ds.testing.ranks import run_ranks
 
 CASES = case_folders("training", "curve.json")
-FAMILIES = {"INTERNLM"}
 LOSS, NORM, RATE, METRIC, WEIGHT = 1e-5, 1e-5, 1e-9, 1.5e-4, 1e-4
 
 pytestmark = pytest.mark.timeout(180)
 
 CONFIG = """
 JOB_NAME = "replay"
+model_type = "{model_type}"
 ckpt = dict(enable_save_ckpt=False, auto_resume=False)
 data = dict(seq_len={seq_len}, micro_num={micro_num}, micro_bsz={micro_bsz}, total_steps={total_steps},
             skip_batches="", rampup_batch_size="", pack_sample_into_one=False)
@@ -48,7 +49,7 @@ def test_there_are_cases():
 @pytest.mark.parametrize("case", CASES, ids=lambda p: p.name)
 def test_curve_equals_reference(case: Path, pipe: int, tmp_path: Path):
     curve = _curve(case)
-    if curve["model_type"] not in FAMILIES:
+    if curve["model_type"] not in BLUEPRINTS:
         pytest.skip(f"model family {curve['model_type']} does not exist in this version")
     path = _write_config(curve, tmp_path, pipe=pipe)
     got = run_ranks(_replay, Layout(pipe=pipe), str(path), str(case), timeout_s=150)[-1]
@@ -66,7 +67,7 @@ def test_verdicts_and_loss_scales_equal_reference(case: Path, tmp_path: Path):
     if not curve["injected"]:
         pytest.skip("nothing is injected in this curve")
     curve = {**curve, "model_kwargs": {**_tiny_model(curve)}}
-    path = _write_config(curve, tmp_path, pipe=1)
+    path = _write_config({**curve, "model_type": "INTERNLM"}, tmp_path, pipe=1)
     got = run_ranks(_replay_verdicts, Layout(), str(path), str(case), timeout_s=150)[0]
     for want, step in zip(curve["steps"], got, strict=True):
         _compare_state(step, want, f"batch {want['batch']}")
@@ -91,6 +92,7 @@ def _tiny_model(curve: dict) -> dict:
 def _write_config(curve: dict, folder: Path, *, pipe: int) -> Path:
     model = {**curve["model_kwargs"], "dtype": "torch.float32"}
     text = CONFIG.format(
+        model_type=curve["model_type"],
         seq_len=curve["seq_len"],
         micro_num=curve["micro_num"],
         micro_bsz=curve["packed_length"] // curve["seq_len"],

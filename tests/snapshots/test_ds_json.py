@@ -12,7 +12,7 @@ from internlm_ds.translate import render, translate
 
 ROOT = Path(__file__).resolve().parents[2]
 GENERATED = ROOT / "ds_configs" / "generated"
-RANKS = {"7b": 8, "20b": 32, "debug_cpu": 1, "demo": 2}
+RANKS = {"7b": 8, "7b_internlm2": 8, "7b_llama2": 8, "20b": 32, "debug_cpu": 1, "demo": 2}
 
 
 def stored(name: str) -> Path:

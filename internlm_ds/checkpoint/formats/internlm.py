@@ -33,9 +33,21 @@ OTHER_SPLIT = re.compile(r"model_tp\d+_(wp\d+_pp\d+|pp\d+_dp\d+)\.pt$")
 STEP_FILE = re.compile(r"(\d+)\.step$")
 MLP_NAMES = ("2023", "2024")
 _NAME = re.compile(r"(?:(\d+)\.)?(?:model\.)?(?:(blocks|layers)\.(\d+)\.)?(.+)$")
-EMBEDDING_SPLIT = {"embedding.weight": 1, "embedding.word_embeddings.weight": 0}
-EMBEDDINGS = dict(zip(EMBEDDING_SPLIT, reversed(EMBEDDING_SPLIT), strict=True))
-_MLP_2023 = {"mlp.w2.weight": "mlp.w3.weight", "mlp.w3.weight": "mlp.w2.weight"}
+EMBEDDING_SPLIT = {
+    f"{module}.{name}": dim
+    for module in ("embedding", "tok_embeddings")
+    for name, dim in (("weight", 1), ("word_embeddings.weight", 0))
+}
+EMBEDDINGS = {
+    name: f"{name.partition('.')[0]}.{'word_embeddings.weight' if dim == 1 else 'weight'}"
+    for name, dim in EMBEDDING_SPLIT.items()
+}
+_MLP_2023 = {
+    f"{mlp}.{a}.weight": f"{mlp}.{b}.weight" for mlp in ("mlp", "feed_forward") for a, b in (("w2", "w3"), ("w3", "w2"))
+}
+MODEL_TYPES = {"internlm": "INTERNLM", "internlm2": "INTERNLM2_PUBLIC", "llama": "LLAMA2"}
+_MARKS = {".mixer.Wqkv.": "INTERNLM", ".attention.wqkv.": "INTERNLM2_PUBLIC", ".attention.wq.": "LLAMA2"}
+"""What the name of a parameter says about the model type."""
 
 
 class Stored(Protocol):
@@ -52,16 +64,26 @@ class Stored(Protocol):
 
 @dataclass(frozen=True)
 class _Key:
-    """A name in a file: chunk, layer within stage and chunk (None outside blocks), the rest."""
+    """A name in a file: chunk, layer within stage and chunk (None outside blocks), the rest.
+
+    `blocks` is what the family calls its blocks: `blocks` or `layers`.
+    """
 
     chunk: int
     layer: int | None
     rest: str
+    blocks: str
 
     @classmethod
     def parse(cls, name: str) -> _Key:
-        chunk, _, layer, rest = _NAME.match(name).groups()
-        return cls(int(chunk or 0), None if layer is None else int(layer), rest)
+        chunk, blocks, layer, rest = _NAME.match(name).groups()
+        return cls(int(chunk or 0), None if layer is None else int(layer), rest, blocks or "")
+
+    def logical(self, first_layer: Mapping[tuple[int, int], int], stage: int) -> str:
+        """The name with the layer's number in the whole model."""
+        if self.layer is None:
+            return self.rest
+        return f"{self.blocks}.{first_layer[self.chunk, stage] + self.layer}.{self.rest}"
 
 
 def read_weights(folder: str | Path, *, arch: ModelArch, mlp_names: str | None = None) -> Mapping[str, torch.Tensor]:
@@ -153,16 +175,23 @@ def _what_lies_there(folder: Path) -> str:
 def _check_model_config(folder: Path, *, arch: ModelArch) -> None:
     """`model_config.pt`, where there is one, must speak of the same model; files of the weights tell the rest."""
     stored = read_model_config(folder)
-    kind = stored.get("model_type")
-    if kind is not None and arch.family == "internlm" and kind != "INTERNLM":
-        raise CheckpointError(f"{folder / 'model_config.pt'}: model_type is {kind!r}; to be loaded is 'INTERNLM'")
+    kind, wanted = stored.get("model_type"), MODEL_TYPES[arch.family]
+    if kind is not None and kind != wanted:
+        raise CheckpointError(f"{folder / 'model_config.pt'}: model_type is {kind!r}; to be loaded is {wanted!r}")
+    adapt_hf = arch.rotary_pairs == "halves"
+    if arch.family != "internlm" and stored.get("adapt_hf", adapt_hf) not in (adapt_hf, None):
+        raise CheckpointError(
+            f"{folder / 'model_config.pt'}: adapt_hf is {stored['adapt_hf']}, the model has {adapt_hf}: rows of q and "
+            f"k lie in the other order; write adapt_hf={stored['adapt_hf']} in the model dict"
+        )
     expected = {
         "hidden_size": arch.hidden_size,
         "num_attention_heads": arch.num_attention_heads,
+        "num_kv_attention_heads": arch.num_kv_attention_heads,
         "num_layers": arch.num_layers,
         "vocab_size": arch.vocab_size,
     }
-    wrong = [f"{k} is {stored[k]}, the model has {v}" for k, v in expected.items() if k in stored and stored[k] != v]
+    wrong = [f"{k} is {stored[k]}, the model has {v}" for k, v in expected.items() if stored.get(k) not in (None, v)]
     if wrong:
         raise CheckpointError(f"{folder / 'model_config.pt'} is of another model: " + "; ".join(wrong))
 
@@ -178,17 +207,24 @@ def read_model_config(folder: Path) -> dict[str, Any]:
     return stored
 
 
+def model_type_of(folder: Path) -> str | None:
+    """The model type that the names of a checkpoint's parameters belong to, None for an unknown one.
+
+    Raises:
+        CheckpointError: As `find_model_files`.
+    """
+    files = find_model_files(folder)
+    names = " ".join(name for path in files.values() for name in _read_state(path))
+    return next((kind for mark, kind in _MARKS.items() if mark in names), None)
+
+
 def _collect(states: Mapping[tuple[int, int], Mapping[str, Stored]]) -> dict[str, list[Stored]]:
     """Logical name to the shards of all tensor ranks, in rank order (fewer where only some hold it)."""
     first_layer = _first_layers(states, pipe=max(p for _, p in states) + 1)
     shards: dict[str, list[Stored]] = defaultdict(list)
     for (_, stage), state in states.items():
         for name, tensor in state.items():
-            key = _Key.parse(name)
-            logical = (
-                key.rest if key.layer is None else f"blocks.{first_layer[key.chunk, stage] + key.layer}.{key.rest}"
-            )
-            shards[logical].append(tensor)
+            shards[_Key.parse(name).logical(first_layer, stage)].append(tensor)
     return dict(shards)
 
 
@@ -218,7 +254,12 @@ def _first_layers(states: Mapping[tuple[int, int], Mapping[str, Stored]], *, pip
 
 def _mlp_names(shards: Mapping[str, list[Stored]], *, folder: Path, asked: str | None) -> str:
     """Which of w2 and w3 is the row matrix: "2024" says w2, "2023" says w3. w1 is a column matrix in both."""
-    first = {n: shards[key][0].shape for n in ("w1", "w2", "w3") if (key := f"blocks.0.mlp.{n}.weight") in shards}
+    first = {
+        n: shards[key][0].shape
+        for n in ("w1", "w2", "w3")
+        for mlp in ("blocks.0.mlp", "layers.0.feed_forward")
+        if (key := f"{mlp}.{n}.weight") in shards
+    }
     if len(first) < 3:
         return "2024"
     found = None
@@ -394,7 +435,8 @@ def stage_params(arch: ModelArch, ranges: Sequence[tuple[int, int]], *, chunks: 
         for layer in arch.layers:
             first, last = layer.kind == "embedding", layer.kind in ("norm", "head")
             if layer.layer is not None and start <= layer.layer < stop:
-                old, new = f"blocks.{layer.layer}.", f"{prefix}blocks.{layer.layer - start}."
+                old = f"{layer.prefix}."
+                new = f"{prefix}{layer.prefix.partition('.')[0]}.{layer.layer - start}."
                 yield from ((new + spec.name.removeprefix(old), spec) for spec in layer.params)
             elif (first and start == 0) or (last and stop == arch.num_layers):
                 yield from ((prefix + spec.name, spec) for spec in layer.params)

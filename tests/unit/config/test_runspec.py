@@ -32,7 +32,7 @@ def test_a_run_on_paper(write: Write) -> None:
 
 
 def test_families_without_a_blueprint_still_resolve(write: Write) -> None:
-    path = write("model_type = 'INTERNLM2_PUBLIC'\nmodel['num_kv_attention_heads'] = 2\n")
+    path = write("model_type = 'INTERNLM_MoE'\n")
     assert resolve(path, world_size=2).arch is None
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from internlm_ds.arch import internlm
+from internlm_ds.arch import blueprint
 from internlm_ds.config.schema import ModelConfig
 from internlm_ds.generate.cache import LayerCache
 from internlm_ds.generate.sampling import Decoder, pick, sample
@@ -16,9 +16,11 @@ TINY = ModelConfig(num_layers=2, hidden_size=16, vocab_size=40, num_attention_he
 TOKENS = torch.tensor([5, 1, 39, 0, 7, 7, 2, 11, 30, 4])
 
 
-def language_model(**switches):
+def language_model(model_type="INTERNLM", **switches):
     config = replace(TINY, **switches)
-    layers = build_layers(internlm.build(config), config, tensor=Axis.single("tensor"), seed=1, dtype=torch.float64)
+    layers = build_layers(
+        blueprint(model_type, config), config, tensor=Axis.single("tensor"), seed=1, dtype=torch.float64
+    )
     model = LanguageModel(layers)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -34,6 +36,8 @@ def language_model(**switches):
         {"embed_split_hidden": False, "norm_type": "layernorm", "use_swiglu": False},
         {"residual_in_fp32": True, "drop_rate": 0.5, "attn_drop_rate": 0.5},
         {"use_dynamic_ntk_rope": True, "max_position_embeddings": 4},
+        {"model_type": "INTERNLM2_PUBLIC", "num_attention_heads": 4, "num_kv_attention_heads": 2, "norm_head": True},
+        {"model_type": "LLAMA2", "num_attention_heads": 4, "num_kv_attention_heads": 1, "apply_post_layer_norm": True},
     ],
     ids=str,
 )

@@ -217,6 +217,6 @@ def test_post_norm_is_refused():
 
 
 def test_unknown_family_is_refused():
-    arch = replace(internlm.build(TINY), family="llama")
-    with pytest.raises(ConfigError, match="family 'llama' has no layers in this version; there is internlm"):
+    arch = replace(internlm.build(TINY), family="gpt")
+    with pytest.raises(ConfigError, match="family 'gpt' has no layers; there are internlm, internlm2, llama"):
         build_layers(arch, TINY, tensor=Axis.single("tensor"), seed=1, dtype=torch.float32)

@@ -6,20 +6,21 @@ from typing import Any
 
 import pytest
 
-from internlm_ds.arch import internlm
+from internlm_ds.arch import blueprint, internlm
+from internlm_ds.arch.spec import ModelArch
 from internlm_ds.config.schema import ModelConfig
 from internlm_ds.plan import memory
 
 torch = pytest.importorskip("torch")
 
 
-def saved_bytes(model: ModelConfig, *, lengths: list[int]) -> int:
+def saved_bytes(arch: ModelArch, model: ModelConfig, *, lengths: list[int]) -> int:
     """Bytes of all storages that autograd keeps for one block, parameters and the integers of the batch left out."""
     from internlm_ds.model.layers import build_layers
     from internlm_ds.parallel.context import Axis
 
     dtype = getattr(torch, model.dtype)
-    entries = build_layers(internlm.build(model), model, tensor=Axis.single("tensor"), seed=0, dtype=dtype)
+    entries = build_layers(arch, model, tensor=Axis.single("tensor"), seed=0, dtype=dtype)
     block = entries[1].build(False)
     cu = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32)
     hidden = torch.randn(sum(lengths), model.hidden_size).to(dtype).requires_grad_()
@@ -66,5 +67,28 @@ def test_block_bytes_is_what_autograd_keeps(
     )
     arch = internlm.build(model)
     planned = memory.block_bytes(arch, model, tokens=sum(lengths))
-    real = saved_bytes(model, lengths=lengths)
+    real = saved_bytes(arch, model, lengths=lengths)
     assert 0.85 * planned <= real <= 1.02 * planned, f"planned {planned}, kept {real}"
+
+
+@pytest.mark.parametrize("selective", [True, False])
+@pytest.mark.parametrize("model_type", ["INTERNLM2_PUBLIC", "LLAMA2"])
+@pytest.mark.parametrize("more", [{}, {"apply_post_layer_norm": True}, {"num_kv_attention_heads": 4}], ids=str)
+def test_block_bytes_of_grouped_heads(model_type: str, more: dict[str, Any], selective: bool) -> None:
+    sizes = {"num_layers": 1, "hidden_size": 256, "vocab_size": 64, "num_attention_heads": 8, "mlp_ratio": 2.0}
+    common = {"num_kv_attention_heads": 2, "dtype": "bfloat16", "dropout_selective_checkpoint": selective}
+    model = ModelConfig(**{**sizes, **common, **more})
+    arch = blueprint(model_type, model)
+    assert arch is not None
+    planned = memory.block_bytes(arch, model, tokens=128)
+    real = saved_bytes(arch, model, lengths=[48, 80])
+    assert 0.85 * planned <= real <= 1.02 * planned, f"planned {planned}, kept {real}"
+
+
+def test_formulas_name_the_width_of_keys() -> None:
+    model = ModelConfig(num_attention_heads=8, num_kv_attention_heads=2)
+    for model_type, kept in (("INTERNLM2_PUBLIC", "8H + 3K + 4F"), ("LLAMA2", "7H + 2K + 4F")):
+        arch = blueprint(model_type, model)
+        assert arch is not None
+        assert memory.block_formula(arch, model) == f"(b·T·({kept}) + 4·T·(N + D))"
+    assert memory.block_formula(internlm.build(model), model) == "(b·T·(11H + 4F) + 4·T·(N + D))"

@@ -126,7 +126,10 @@ def test_text_says_what_a_dry_run_must_say(spec_of: SpecOf) -> None:
     assert "ramp-up   4, 8, 12, 16 micro-batches, full size after 1500 steps" in ramp
 
 
-@pytest.mark.parametrize(("config", "world_size"), [("7b", 8), ("20b", 32), ("debug_cpu", 1), ("demo", 2)])
+@pytest.mark.parametrize(
+    ("config", "world_size"),
+    [("7b", 8), ("7b_internlm2", 8), ("7b_llama2", 8), ("20b", 32), ("debug_cpu", 1), ("demo", 2)],
+)
 def test_json_is_strict_and_adds_up(spec_of: SpecOf, config: str, world_size: int) -> None:
     data = json.loads(json.dumps(plan.as_json(plan_of(spec_of(config=config, world_size=world_size))), allow_nan=False))
     assert data["world_size"] == world_size

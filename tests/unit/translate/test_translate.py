@@ -42,7 +42,7 @@ def refusal(spec: RunSpec, key: str) -> str:
 # ---- the report -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("config", ["7b", "20b", "debug_cpu", "demo"])
+@pytest.mark.parametrize("config", ["7b", "7b_internlm2", "7b_llama2", "20b", "debug_cpu", "demo"])
 def test_every_leaf_has_one_note(spec_of: SpecOf, config: str) -> None:
     spec = spec_of(config=config, world_size=8)
     translation = translate(spec)
@@ -370,9 +370,28 @@ def test_zero_bubble_is_for_one_chunk(spec_of: SpecOf) -> None:
     )
 
 
+def test_mixtures_of_experts_are_refused(spec_of: SpecOf) -> None:
+    assert "mixtures of experts" in refusal(spec_of("model_type=INTERNLM_MoE"), "model_type")
+
+
 @pytest.mark.parametrize("family", ["INTERNLM2_PUBLIC", "LLAMA2"])
-def test_families_of_later_versions_are_refused(spec_of: SpecOf, family: str) -> None:
-    assert "INTERNLM is" in refusal(spec_of(f"model_type={family}"), "model_type")
+def test_what_other_families_have(spec_of: SpecOf, family: str) -> None:
+    keys = ("num_kv_attention_heads=2", "no_bias=True", "adapt_hf=False", "apply_post_layer_norm=True")
+    spec = spec_of(f"model_type={family}", *(f"model.{key}" for key in keys), "model.attn_wqkv_init_std=0.01")
+    for key in (*(key.partition("=")[0] for key in keys), "attn_wqkv_init_std"):
+        assert note_of(spec, f"model.{key}").fidelity == "native", key
+    assert note_of(spec, "model.num_kv_attention_heads").reason.startswith("groups of 2 query heads")
+
+
+def test_uniform_initial_values_have_the_spread_that_is_given(spec_of: SpecOf) -> None:
+    found = note_of(spec_of("model_type=LLAMA2", "model.init_type=uniform"), "model.init_type")
+    assert found.fidelity == "approximate" and "sqrt(3*std)" in found.reason
+
+
+def test_deepnorm_is_refused(spec_of: SpecOf) -> None:
+    assert refusal(spec_of("model_type=INTERNLM2_PUBLIC", "model.deepnorm=True"), "model.deepnorm").endswith(
+        "write False"
+    )
 
 
 def test_fp32_parts_of_a_half_precision_model(spec_of: SpecOf) -> None:
