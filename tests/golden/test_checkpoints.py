@@ -223,7 +223,7 @@ def test_checkpoints_moments_lie_where_the_plan_says(case):
 
 def written_again(case: Path, folder: Path, target: Path, **split: int) -> InternlmRun:
     """A checkpoint of the reference, read and written for another split."""
-    arch = blueprint.build(v1_model(case))
+    arch = arch_of(case)
     run, target_folder = InternlmRun(folder, arch=arch), target
     target_folder.mkdir()
     values, group, schedule = run.train_state, run.groups[0], run.schedule
@@ -287,7 +287,7 @@ def assert_same(value, expected, *, where: str) -> None:
 @pytest.mark.parametrize("split", [(2, 1, 1, 1), (1, 2, 1, 3), (2, 2, 1, 2), (1, 1, 2, 2)], ids=str)
 def test_checkpoints_written_for_other_layouts_read_the_same(case, tmp_path, split):
     found = find_checkpoints(case / "ckpt")[0].path
-    before = InternlmRun(found, arch=blueprint.build(v1_model(case)))
+    before = InternlmRun(found, arch=arch_of(case))
     tensor, pipe, chunks, zero = split
     after = written_again(case, found, tmp_path / "x", tensor_size=tensor, pipe=pipe, chunks=chunks, zero_size=zero)
     for kind in KINDS:
