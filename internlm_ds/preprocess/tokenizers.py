@@ -149,13 +149,16 @@ class ReferenceEncoder:
     """Literal `<unk>`, `<s>`, `</s>` become their ids, the rest is encoded piecewise around them, blanks kept.
 
     Source: the slow tokenizer of transformers 4.41.2 (`PreTrainedTokenizer.tokenize`), which the reference's tool uses.
+
+    Attributes:
+        specials: Those of them that the model has, and their ids.
     """
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         ids = {piece: tokenizer.piece_id(piece) for piece in _REFERENCE_SPECIALS}
-        self._specials = {piece: number for piece, number in ids.items() if number is not None}
-        pattern = "|".join(re.escape(piece) for piece in self._specials)
+        self.specials = {piece: number for piece, number in ids.items() if number is not None}
+        pattern = "|".join(re.escape(piece) for piece in self.specials)
         self._pattern = re.compile(f"({pattern})" if pattern else r"(?!)")
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
@@ -168,4 +171,4 @@ class ReferenceEncoder:
     def _piecewise(self, text: str) -> list[int]:
         parts = [part for part in self._pattern.split(text) if part]
         ids = self._tokenizer.encode(parts)
-        return [i for part, own in zip(parts, ids) for i in ([self._specials[part]] if part in self._specials else own)]
+        return [i for part, own in zip(parts, ids) for i in ([self.specials[part]] if part in self.specials else own)]

@@ -1,0 +1,175 @@
+"""Rows by the compiled kernel: a cache and buffers for each thread at work, leftovers to sentencepiece.
+
+Imports numba, through `kernel`; `select` imports this when it has decided.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from internlm_ds.preprocess.engine import kernel
+from internlm_ds.preprocess.engine.merging import Scratch
+from internlm_ds.preprocess.engine.tables import Array, Tables
+from internlm_ds.preprocess.rows import Rows, TextBlock
+from internlm_ds.preprocess.tokenizers import Encoder
+
+_SHORT_SLOTS, _LONG_SLOTS, _POOL_BYTES = 1 << 18, 1 << 15, 1 << 22
+_KEPT_BUFFER_BYTES = 16 << 20
+_LINE_BEGIN = b'{"tokens": ['
+
+
+class FastRows:
+    """`RowEncoder` over the kernel.
+
+    Args:
+        tables: Of the model.
+        encoder: Ids of the few segments that the kernel leaves over.
+        before, behind: Ids put before and behind each sample.
+        slots: Finished segments that a thread keeps, a power of two; a full cache is emptied.
+    """
+
+    engine = "compiled"
+
+    def __init__(
+        self,
+        tables: Tables,
+        encoder: Encoder,
+        *,
+        before: Sequence[int] = (),
+        behind: Sequence[int] = (),
+        slots: int = _SHORT_SLOTS,
+    ):
+        self._tables = tables
+        self._encoder = encoder
+        self._frame = _frame(before, behind)
+        self._slots = slots
+        self._function = kernel.encode_block()
+        self._idle: deque[_Worker] = deque()
+        self._buffers: deque[Array] = deque(maxlen=64)
+
+    def encode(self, block: TextBlock) -> Rows:
+        """Rows of a block. Their `data` lies in a buffer that is used again once nobody holds it."""
+        try:
+            worker = self._idle.pop()
+        except IndexError:
+            worker = _Worker.new(self._slots)
+        try:
+            return self._encode(block, worker)
+        finally:
+            self._idle.append(worker)
+
+    def _encode(self, block: TextBlock, worker: _Worker) -> Rows:
+        text = _read_only(np.frombuffer(block.text, dtype=np.uint8))
+        begins, ends = (_read_only(np.ascontiguousarray(a, dtype=np.int64)) for a in (block.begins, block.ends))
+        sizes, lengths = np.empty(len(block), np.int64), np.empty(len(block), np.int64)
+        state = np.zeros(8, np.int64)
+        state[kernel.PLACE] = state[kernel.LARGEST] = -1
+        out = self._buffer(len(block) * 64 + len(text) * 5 // 2)
+        while True:
+            code = self._function(
+                text,
+                len(text),
+                begins,
+                ends,
+                self._frame,
+                self._tables,
+                worker.cache,
+                worker.scratch,
+                out,
+                len(out) - kernel.SLACK,
+                sizes,
+                lengths,
+                state,
+            )
+            if code == kernel.DONE:
+                break
+            if code == kernel.GROW:
+                out = self._grown(out, used=int(state[kernel.OUT]))
+            else:
+                out = self._append_leftover(block.text, out, state)
+        return Rows(self._lent(out, int(state[kernel.OUT])), sizes, lengths, int(state[kernel.LARGEST]))
+
+    def _append_leftover(self, text: Any, out: Array, state: Array) -> Array:
+        """Let sentencepiece encode the segment at which the kernel stopped, and step over it."""
+        begin, end = int(state[kernel.PLACE]), int(state[kernel.SEGMENT_END])
+        (ids,) = self._encoder.encode([bytes(text[begin:end]).decode()])
+        finished = _finished(ids)
+        place = int(state[kernel.OUT])
+        while place + len(finished) + kernel.MAX_FINISHED > len(out):
+            out = self._grown(out, used=place)
+        out[place : place + len(finished)] = np.frombuffer(finished, dtype=np.uint8)
+        state[kernel.OUT] += len(finished)
+        state[kernel.TOKENS] += len(ids)
+        state[kernel.LARGEST] = max(int(state[kernel.LARGEST]), max(ids, default=-1))
+        state[kernel.PLACE] = end
+        return out
+
+    def _buffer(self, num_bytes: int) -> Array:
+        """A buffer of at least so many bytes, a used one where there is: its pages are already ours."""
+        needed = num_bytes + 4 * kernel.MAX_FINISHED
+        for _ in range(len(self._buffers)):
+            try:
+                buffer = self._buffers.pop()
+            except IndexError:
+                break
+            if len(buffer) >= needed:
+                return buffer
+        return np.empty(1 << (needed - 1).bit_length(), np.uint8)
+
+    def _grown(self, out: Array, *, used: int) -> Array:
+        larger = self._buffer(2 * len(out))
+        larger[:used] = out[:used]
+        return larger
+
+    def _lent(self, out: Array, used: int) -> memoryview:
+        """What was written, as bytes; when the last view of it is gone the buffer comes back."""
+        view = out[:used]
+        if len(out) <= _KEPT_BUFFER_BYTES:
+            weakref.finalize(view, self._buffers.append, out).atexit = False
+        return view.data
+
+
+@dataclass(frozen=True)
+class _Worker:
+    """What one call needs for itself while it runs."""
+
+    cache: kernel.Cache
+    scratch: Scratch
+
+    @classmethod
+    def new(cls, slots: int) -> _Worker:
+        def room(num_bytes: int) -> Array:
+            return np.zeros(num_bytes + kernel.SLACK, np.uint8)
+
+        cache = kernel.Cache(
+            np.zeros(slots * kernel.SLOT, np.uint8),
+            np.zeros(_LONG_SLOTS * kernel.LONG_SLOT, np.uint8),
+            room(_POOL_BYTES),
+            np.zeros(3, np.int64),
+        )
+        ids, starts, merged, ranks = (np.zeros(kernel.MAX_SEGMENT + 8, np.int64) for _ in range(4))
+        return cls(cache, Scratch(ids, starts, merged, ranks, room(kernel.MAX_FINISHED)))
+
+
+def _frame(before: Sequence[int], behind: Sequence[int]) -> kernel.Frame:
+    texts = [_LINE_BEGIN + _finished(before), _finished(behind)]
+    padded = [np.frombuffer(text + b"\0" * kernel.SLACK, dtype=np.uint8) for text in texts]
+    largest = max([*before, *behind], default=-1)
+    return kernel.Frame(padded[0], len(texts[0]), padded[1], len(texts[1]), len(before) + len(behind), largest)
+
+
+def _finished(ids: Sequence[int]) -> bytes:
+    return "".join([f"{i}, " for i in ids]).encode()
+
+
+def _read_only(array: Array) -> Array:
+    """numba compiles for writable and read-only arrays apart; one of them is enough."""
+    view: Array = array.view()
+    view.flags.writeable = False
+    return view
