@@ -20,12 +20,13 @@ from torch.utils.data import Dataset, Sampler
 
 from internlm_ds.config.schema import Config
 from internlm_ds.data import kernels, validation
+from internlm_ds.data.catalog import BinFile
 from internlm_ds.data.collate import BatchStats, MicroBatchArrays
 from internlm_ds.data.micro_batches import Counts, micro_batch, stats_of, worth_compiling
 from internlm_ds.data.packing import Concatenation
 from internlm_ds.data.readahead import ReadAhead
 from internlm_ds.data.sampler import BatchSkipper, StaticBatchSampler
-from internlm_ds.data.trainset import build_sampler, open_train_set
+from internlm_ds.data.trainset import open_sampler, open_train_set
 
 logger = logging.getLogger(__name__)
 
@@ -61,10 +62,19 @@ class PackedDataset(Dataset[MicroBatch]):
         dataset_types: Names of the data types, in the order of their ids.
         rows: Lay each pack out in so many rows (unpacked data), or None.
         seq_len: Tokens of a row.
+        files: The file of each part of `packs`; empty for data without files.
     """
 
-    def __init__(self, packs: Concatenation, *, dataset_types: Sequence[str], seq_len: int, rows: int | None = None):
-        self.packs, self.dataset_types = packs, tuple(dataset_types)
+    def __init__(
+        self,
+        packs: Concatenation,
+        *,
+        dataset_types: Sequence[str],
+        seq_len: int,
+        rows: int | None = None,
+        files: Sequence[BinFile] = (),
+    ):
+        self.packs, self.dataset_types, self.files = packs, tuple(dataset_types), tuple(files)
         self.rows, self.seq_len = rows, seq_len
         self._is_large = worth_compiling(packs)
 
@@ -236,8 +246,17 @@ def build_dataset(config: Config, *, log: bool = True) -> PackedDataset:
     Raises:
         DataFormatError: Files are missing, damaged or do not fit the model's vocabulary.
     """
-    found = open_train_set(config, log=log)
-    return PackedDataset(found.packs, dataset_types=found.dataset_types, seq_len=found.seq_len, rows=found.rows)
+    found = open_train_set(config.data, vocab_size=config.model.vocab_size, log=log)
+    return PackedDataset(
+        found.packs, dataset_types=found.dataset_types, seq_len=found.seq_len, rows=found.rows, files=found.files
+    )
+
+
+def build_sampler(
+    config: Config, num_packs: int, *, data_rank: int, data_size: int, seed: int | None = None
+) -> StaticBatchSampler:
+    """This rank's sampler as a configuration asks for it; `seed` replaces `data.seed`."""
+    return open_sampler(config.data, num_packs, data_rank=data_rank, data_size=data_size, seed=seed)
 
 
 def build_train_loader(config: Config, *, data_rank: int, data_size: int, seed: int | None = None) -> TrainLoader:
@@ -293,7 +312,14 @@ def first_item(batch: Sequence[Item]) -> Item:
     return item
 
 
-_BEGINNING = {"epoch": 0, "num_consumed_samples_in_epoch": 0, "batch_count": 0, "epoch_start_batch_count": 0}
+_BEGINNING = {
+    "epoch": 0,
+    "num_consumed_samples_in_epoch": 0,
+    "batch_count": 0,
+    "epoch_start_batch_count": 0,
+    "odd_packs": 0,
+    "is_dealt_anew": False,
+}
 
 
 def _steps(

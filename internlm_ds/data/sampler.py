@@ -79,6 +79,12 @@ class StaticBatchSampler:
             self._next_epoch()
         return self._draw()
 
+    def next_batch_of_all(self) -> IntArray:
+        """Pack numbers of the next batch on all ranks, int64 `(micro_num, data_size)`: column r is rank r's."""
+        own, size = len(self.next_batch()), self.data_size
+        stop = self.num_consumed_samples_in_epoch * size + self._odd_packs
+        return self._order[stop - own * size : stop].reshape(own, size)
+
     def state_dict(self) -> dict[str, Any]:
         """The true position: small, plain data. Names as in InternLM where it has one; the order follows from it."""
         return {
@@ -106,11 +112,8 @@ class StaticBatchSampler:
             CheckpointError: Seed or ramp-up differ.
         """
         self._check_state(state)
-        scratch = np.arange(self.num_packs)
-        self._rng = np.random.RandomState(self.seed)
         self.epoch = int(state["epoch"])
-        for _ in range(self.epoch):
-            self._rng.shuffle(scratch)  # what a shuffle draws depends on the length alone
+        self._rewind_orders()
         # the cut of an epoch depends on whether the ramp-up was over at its start
         self.batch_count = int(state.get("epoch_start_batch_count", 0))
         self._begin_epoch()
@@ -153,9 +156,7 @@ class StaticBatchSampler:
 
     def _begin_epoch(self) -> None:
         self._epoch_start = self.batch_count
-        self._rng_state = self._rng.get_state()
-        order = np.arange(self.num_packs)
-        self._rng.shuffle(order)
+        order = self._next_order()
         ramp, step = self._rampup_packs if self._in_rampup else 0, self.batch_size * self.data_size
         if self.num_packs < ramp:
             raise self._too_few(f"the ramp-up {self.rampup!r} on {self.data_size} data-parallel ranks takes {ramp}")
@@ -166,6 +167,20 @@ class StaticBatchSampler:
         self._own = self.indices[self.data_rank :: self.data_size]
         self.num_consumed_samples_in_epoch = 0
         self._odd_packs, self._is_dealt_anew = 0, False
+
+    def _next_order(self) -> IntArray:
+        """All packs in the order of the epoch that begins, before it is cut."""
+        self._rng_state = self._rng.get_state()
+        order = np.arange(self.num_packs)
+        self._rng.shuffle(order)
+        return order
+
+    def _rewind_orders(self) -> None:
+        """See to it that `_next_order` gives the order of epoch `self.epoch`."""
+        scratch = np.arange(self.num_packs)
+        self._rng = np.random.RandomState(self.seed)
+        for _ in range(self.epoch):
+            self._rng.shuffle(scratch)  # what a shuffle draws depends on the length alone
 
     def _deal_anew(self, consumed: int) -> None:
         """Share the rest of this epoch's order, whatever was consumed of it and by how many ranks."""

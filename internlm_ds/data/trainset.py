@@ -10,9 +10,9 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-from internlm_ds.config.schema import Config
+from internlm_ds.config.schema import DataConfig
 from internlm_ds.data import catalog
-from internlm_ds.data.catalog import BinFile
+from internlm_ds.data.catalog import BinFile, Catalog
 from internlm_ds.data.packing import Concatenation, PaddedBatcher, packer_for
 from internlm_ds.data.sampler import StaticBatchSampler
 from internlm_ds.data.synthetic import DATASET_TYPES, TRAIN_SAMPLES, SyntheticSamples
@@ -42,48 +42,43 @@ class TrainSet:
         return len(self.packs)
 
 
-def open_train_set(config: Config, *, log: bool = True) -> TrainSet:
+def open_train_set(data: DataConfig, *, vocab_size: int, log: bool = True, files: Catalog | None = None) -> TrainSet:
     """Open and pack what `data.train_folder` holds, or the synthetic samples that stand in for it.
 
     Args:
+        vocab_size: Ids of files must be below it.
         log: Say what was dropped from which file.
+        files: Take these, whatever lies in the folder.
     Raises:
-        DataFormatError: Files are missing, damaged or do not fit the model's vocabulary.
+        DataFormatError: Files are missing, damaged or do not fit the vocabulary.
     """
-    data = config.data
     packer = packer_for(pack_sample_into_one=data.pack_sample_into_one, use_packed_dataset=data.use_packed_dataset)
     sizes = {"packed_length": data.micro_bsz * data.seq_len, "seq_len": data.seq_len}
-    parts, files = [], []
-    types: tuple[str, ...] = DATASET_TYPES
-    if not data.train_folder:
-        samples = SyntheticSamples(
-            TRAIN_SAMPLES,
-            max_len=data.seq_len,
-            fixed_seqlen=data.fixed_random_dataset_seqlen,
-            vocab_size=config.model.vocab_size,
-        )
-        parts.append(packer(samples, **sizes))
-    else:
-        found = catalog.scan(data.train_folder, min_length=data.min_length, min_length_dict=data.min_length_dict)
-        types = found.dataset_types
-        for file, kept in catalog.open_files(found, vocab_size=config.model.vocab_size, log=log):
-            files.append(file)
-            parts.append(packer(kept, **sizes))
-            if log:
-                _report_packs(parts[-1], file.name)
     rows = data.micro_bsz if packer is PaddedBatcher else None
-    return TrainSet(Concatenation(parts), tuple(files), types, rows, data.seq_len)
+    if not data.train_folder:
+        fixed = data.fixed_random_dataset_seqlen
+        samples = SyntheticSamples(TRAIN_SAMPLES, max_len=data.seq_len, fixed_seqlen=fixed, vocab_size=vocab_size)
+        return TrainSet(Concatenation([packer(samples, **sizes)]), (), DATASET_TYPES, rows, data.seq_len)
+    if files is None:
+        files = catalog.scan(data.train_folder, min_length=data.min_length, min_length_dict=data.min_length_dict)
+    parts, opened = [], []
+    for file, kept in catalog.open_files(files, vocab_size=vocab_size, log=log):
+        opened.append(file)
+        parts.append(packer(kept, **sizes))
+        if log:
+            _report_packs(parts[-1], file.name)
+    return TrainSet(Concatenation(parts), tuple(opened), files.dataset_types, rows, data.seq_len)
 
 
-def build_sampler(
-    config: Config, num_packs: int, *, data_rank: int, data_size: int, seed: int | None = None
+def open_sampler(
+    data: DataConfig, num_packs: int, *, data_rank: int, data_size: int, seed: int | None = None
 ) -> StaticBatchSampler:
-    """This rank's sampler as a configuration asks for it; `seed` replaces `data.seed`."""
+    """The sampler of one data-parallel rank; `seed` replaces `data.seed`."""
     return StaticBatchSampler(
         num_packs,
-        batch_size=config.data.micro_num,
-        rampup=config.data.rampup_batch_size,
-        seed=config.data.seed if seed is None else seed,
+        batch_size=data.micro_num,
+        rampup=data.rampup_batch_size,
+        seed=data.seed if seed is None else seed,
         data_rank=data_rank,
         data_size=data_size,
     )

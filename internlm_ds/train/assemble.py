@@ -171,6 +171,7 @@ class Training:
             checkpoints = RunCheckpoints(engine, loader, spec=self.spec, context=context, comm=comm)
             closing.callback(checkpoints.close)
             checkpoints.restore(state)
+            rundir.note_data(folder, loader, spec=self.spec, comm=comm)
             if context.is_log_rank:
                 for text in LrSchedule.from_config(self.config).warnings:
                     logger.warning("%s", text)

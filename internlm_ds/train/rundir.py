@@ -1,4 +1,4 @@
-"""The run directory: its place, and the four files that say what was asked of this run."""
+"""The run directory: its place, the four files that say what was asked of this run, and the note of its data."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from internlm_ds.config.render import as_json, json_value
+from internlm_ds.data import record
+from internlm_ds.data.loader import TrainLoader
 from internlm_ds.errors import ConfigError
 from internlm_ds.parallel.comm import ProcessComm
 from internlm_ds.runspec import RunSpec
@@ -32,6 +34,28 @@ def create(folder: Path, *, spec: RunSpec, translation: Translation, comm: Proce
         ConfigError: On all ranks, if rank 0 cannot write there.
     """
     together(comm, lambda: _write(folder, spec=spec, translation=translation) if comm.rank == 0 else None)
+
+
+def note_data(folder: Path, loader: TrainLoader, *, spec: RunSpec, comm: ProcessComm) -> None:
+    """Note in data.json what is read from here on, and from where; all ranks call it once the loader stands there.
+
+    Raises:
+        DataFormatError: On all ranks, if rank 0 cannot write there.
+    """
+
+    def note() -> None:
+        record.note_launch(
+            folder,
+            data=spec.config.data,
+            vocab_size=spec.config.model.vocab_size,
+            dataset_types=loader.dataset_types,
+            data_size=spec.layout.data,
+            position=loader.state_dict(),
+            packs=loader.dataset.packs,
+            files=loader.dataset.files,
+        )
+
+    together(comm, lambda: note() if comm.rank == 0 else None)
 
 
 def _write(folder: Path, *, spec: RunSpec, translation: Translation) -> None:
