@@ -17,11 +17,12 @@ _MOST_DIGITS = 18  # the largest number of which every value fits int64
 _IGNORED = -100  # `packing.IGNORED`; from there it would be a circle of imports
 
 _text = types.Array(types.uint8, 1, "C", readonly=True)
+_given_int64s = types.Array(types.int64, 1, "C", readonly=True)  # may be mapped
 _int64s = types.Array(types.int64, 1, "C")
 _int32s = types.Array(types.int32, 1, "C")
 
 
-@njit(types.int64(_text, _int64s, _int64s, types.int64, _int64s), nogil=True, cache=True)  # type: ignore[untyped-decorator]
+@njit(types.int64(_text, _given_int64s, _given_int64s, types.int64, _int64s), nogil=True, cache=True)  # type: ignore[untyped-decorator]
 def parse_rows(
     text: np.ndarray,
     offsets: np.ndarray,
@@ -89,7 +90,16 @@ def parse_rows(
 
 @njit(  # type: ignore[untyped-decorator]
     types.UniTuple(types.int64, 2)(
-        _int64s, _int64s, types.int64, types.int64, types.boolean, types.int64, _int64s, _int32s, _int64s, _int64s
+        _given_int64s,
+        _given_int64s,
+        types.int64,
+        types.int64,
+        types.boolean,
+        types.int64,
+        _int64s,
+        _int32s,
+        _int64s,
+        _int64s,
     ),
     nogil=True,
     cache=True,

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from internlm_ds.data import binmeta, cachefile
+from internlm_ds.data import binmeta, cachefile, kernels
 from internlm_ds.data.bintext import BinText
 from internlm_ds.data.metarows import MetaRows, Order
 from internlm_ds.data.samples import FileSamples
@@ -168,6 +168,13 @@ def test_a_failed_write_leaves_nothing(path: str, tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space left"):
         cachefile.write(str(tmp_path / "cache"), {}, {"x": spec})
     assert not [name for name in os.listdir(tmp_path) if name.startswith("cache")]
+
+
+def test_the_kernel_takes_mapped_orders(path: str) -> None:
+    samples = [FileSamples(BinText(path), _order(path, cached=cached)) for cached in (True, False)]
+    wanted = samples[1].read_span(2, 40).tolist()
+    assert kernels.load() is not None
+    assert [each.read_span(2, 40).tolist() for each in samples] == [wanted, wanted]
 
 
 def test_mapped_samples_travel_as_a_path(path: str) -> None:
