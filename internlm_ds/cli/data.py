@@ -8,6 +8,7 @@ from internlm_ds.cli.tasks import Task, add_tasks, run_task
 
 TASKS = {
     "check": Task("data_check", "look for faults in token files: which file, which line, what mends it"),
+    "convert": Task("data_convert", "to and from Megatron's .bin/.idx, numpy files, Parquet and Hugging Face datasets"),
 }
 
 

@@ -46,6 +46,7 @@ __all__ = [
     "check_output",
     "decode_line",
     "encode_line",
+    "join_signed_tokens",
     "meta_path",
     "read_meta",
     "rebuild_meta",
@@ -68,6 +69,15 @@ def split_signed_tokens(raw: npt.ArrayLike) -> tuple[IntArray, npt.NDArray[np.bo
     """
     signed = np.asarray(raw, dtype=np.int64)
     return np.abs(signed), signed > 0
+
+
+def join_signed_tokens(tokens: IntArray, mask: npt.NDArray[np.bool_]) -> IntArray:
+    """The other way round: ids as they stand on disk.
+
+    >>> join_signed_tokens(np.array([1, 5, 0, 7]), np.array([True, False, False, True])).tolist()
+    [1, -5, 0, 7]
+    """
+    return np.where(mask, tokens, -tokens)
 
 
 def scan(path: str | os.PathLike[str]) -> tuple[IntArray, IntArray]:

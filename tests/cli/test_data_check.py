@@ -37,6 +37,17 @@ def test_json_lists_every_finding(folder, capsys):
     assert (finding["kind"], finding["file"]) == ("meta-missing", "set/en/a.bin")
 
 
+def test_convert_goes_there_and_back_with_its_folders(folder, capsys):
+    assert main(["data", "convert", "set", "megatron", "--to", "megatron", "--dtype", "uint16"]) == 0
+    assert capsys.readouterr().out == "set/en/a.bin -> megatron/en/a: 3 samples, 8 tokens\n"
+    assert main(["data", "convert", "megatron", "back", "--from", "megatron", "--to", "internlm"]) == 0
+    assert (folder.parent / "back/en/a.bin").read_bytes() == (folder / "en/a.bin").read_bytes()
+    assert main(["data", "convert", "set/en/a.bin", "a.parquet"]) == 0
+    assert main(["data", "convert", "set/en/a.bin", "a.parquet"]) == 2
+    assert "a.parquet: the output exists; --overwrite replaces it" in capsys.readouterr().err
+    assert main(["data", "convert", "set/en/a.bin", "a.parquet", "--overwrite"]) == 0
+
+
 def test_a_path_that_does_not_exist_is_wrong_usage(folder, capsys):
     assert main(["data", "check", "nowhere"]) == 2
     assert "nowhere: no such file or folder" in capsys.readouterr().err

@@ -1,0 +1,98 @@
+"""This project's own side: bin/meta as source and target of a conversion.
+
+What preprocessing noted beside a bin (`X.bin.json`) travels along as long as it fits the samples.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from internlm_ds.data import kernels
+from internlm_ds.data.binmeta import Reader, Writer, join_signed_tokens, split_signed_tokens
+from internlm_ds.data.bintext import BinText
+from internlm_ds.data.foreign.blocks import Block, Source, spans
+
+# numba's half second pays from here on
+_KERNEL_BYTES = 32_000_000
+
+
+def read_internlm(path: str) -> Source:
+    """
+    Raises:
+        DataFormatError: Bin or meta is missing, damaged, or they do not fit each other; here or when it is read.
+    """
+    reader = Reader(path)
+    size = os.path.getsize(path)
+    if size > _KERNEL_BYTES:
+        kernels.load()
+    masked = functools.cache(lambda: _has_minus(path))
+
+    def blocks() -> Iterator[Block]:
+        text = BinText(path)
+        for first, last in spans(reader.lengths):
+            raw = text.read_rows(reader.offsets[first:last], reader.lengths[first:last])
+            tokens, learned = split_signed_tokens(raw)
+            yield Block(tokens, learned if masked() else None, reader.lengths[first:last])
+
+    note = _note(path, samples=len(reader), tokens=reader.num_tokens)
+    return Source(path, size, len(reader), masked, note, blocks)
+
+
+class InternlmTarget:
+    """A bin, its meta, and the note beside them if one came along and fits."""
+
+    def __init__(self, path: str, *, note: dict[str, Any] | None, overwrite: bool):
+        self._writer, self._note, self._largest = Writer(path, overwrite=overwrite), note, -1
+
+    def write(self, block: Block) -> None:
+        self._largest = max(self._largest, int(block.tokens.max(initial=-1)))
+        signed = block.tokens if block.learned is None else join_signed_tokens(block.tokens, block.learned)
+        ends = np.cumsum(block.lengths)
+        for end, length in zip(ends.tolist(), block.lengths.tolist()):
+            self._writer.write(signed[end - length : end].tolist())
+
+    def __enter__(self) -> InternlmTarget:
+        self._writer.__enter__()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        beside = Path(f"{self._writer.path}.json")
+        if kind is not None:
+            pass
+        elif not fits(self._note, self._writer.num_samples, self._writer.num_tokens):
+            beside.unlink(missing_ok=True)  # one of an older bin says nothing about this one
+        elif self._note:
+            counts = {**self._note["counts"], "bytes": self._writer.num_bytes, "largest_id": self._largest}
+            note = {**self._note, "counts": counts}
+            self._writer.put_beside(".json", (json.dumps(note, indent=2, ensure_ascii=False) + "\n").encode())
+        self._writer.__exit__(kind, *rest)
+
+
+def fits(note: Any, samples: int, tokens: int) -> bool:
+    """A note that speaks of other samples is none."""
+    counts = note.get("counts") if isinstance(note, dict) else None
+    return isinstance(counts, dict) and (counts.get("samples"), counts.get("tokens")) == (samples, tokens)
+
+
+def _note(path: str, *, samples: int, tokens: int) -> dict[str, Any] | None:
+    try:
+        note: dict[str, Any] = json.loads(Path(f"{path}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return note if fits(note, samples, tokens) else None
+
+
+def _has_minus(path: str) -> bool:
+    """Whether any token is input only: in a bin a minus stands nowhere else."""
+    if not os.path.getsize(path):
+        return False
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
+        return text.find(b"-") >= 0
