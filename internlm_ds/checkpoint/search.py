@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from internlm_ds.checkpoint import manifest as manifests
-from internlm_ds.checkpoint.formats.internlm import MODEL_FILE, OTHER_SPLIT, STEP_FILE
+from internlm_ds.checkpoint.names import MODEL_FILE, OTHER_SPLIT, STEP_FILE
 from internlm_ds.errors import CheckpointError
 
 Format = Literal["native", "internlm", "hf"]

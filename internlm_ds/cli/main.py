@@ -21,6 +21,7 @@ COMMANDS = {
     "preprocess": "turn text into bin/meta token files",
     "data": "look after token files: find faults in them",
     "convert-checkpoint": "convert a checkpoint between formats",
+    "inspect-checkpoint": "what a checkpoint is: format, family, layout, step, sizes, health",
     "generate": "continue a prompt with a trained model",
     "verify": "train a tiny model on every layout that some ranks allow, and compare with one process",
     "report": "one self-contained HTML page with the curves of one or several runs",

@@ -13,7 +13,7 @@ import tiny_runs
 import torch
 
 from internlm_ds.arch import BLUEPRINTS, blueprint
-from internlm_ds.checkpoint import unpickle
+from internlm_ds.checkpoint import names, unpickle
 from internlm_ds.checkpoint.formats import internlm
 from internlm_ds.checkpoint.formats.internlm_run import KINDS, InternlmRun
 from internlm_ds.checkpoint.formats.internlm_run_write import RunState, write_run
@@ -46,7 +46,7 @@ def arch_of(case: Path):
     layout = described(case)
     if layout["model_type"] not in BLUEPRINTS:
         pytest.skip(f"{layout['model_type']} does not exist in this version")
-    if any(internlm.OTHER_SPLIT.fullmatch(path.name) for path in case.rglob("*.pt")):
+    if any(names.OTHER_SPLIT.fullmatch(path.name) for path in case.rglob("*.pt")):
         pytest.skip("weights split over other ranks (isp) are not read in this version")
     return blueprint(layout["model_type"], model_of_dict(layout["model_kwargs"]))
 
@@ -145,7 +145,7 @@ def continued(case: Path, start: Path, here: Path, *overrides: str, ranks: int =
     layout = described(case)
     kwargs = {key: value for key, value in layout["model_kwargs"].items() if key != "num_chunks"}
     model = ", ".join(f"{key}={value!r}" for key, value in kwargs.items())
-    step = next(int(m[1]) for path in start.iterdir() if (m := internlm.STEP_FILE.fullmatch(path.name)))
+    step = next(int(m[1]) for path in start.iterdir() if (m := names.STEP_FILE.fullmatch(path.name)))
     text = CONTINUED.format(here=here, start=start, model=model, model_type=layout["model_type"], total=step + 2)
     here.mkdir()
     (here / "config.py").write_text(text)

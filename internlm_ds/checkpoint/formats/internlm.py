@@ -22,15 +22,13 @@ import torch
 
 from internlm_ds.arch.spec import ModelArch, ParamSpec
 from internlm_ds.checkpoint import unpickle
+from internlm_ds.checkpoint.names import MODEL_FILE, OTHER_SPLIT
 from internlm_ds.checkpoint.unpickle import LazyTensor
 from internlm_ds.errors import CheckpointError, ConversionError
 from internlm_ds.layout.stages import partition_uniform
 
 log = logging.getLogger(__name__)
 
-MODEL_FILE = re.compile(r"model_tp(\d+)_pp(\d+)\.pt$")
-OTHER_SPLIT = re.compile(r"model_tp\d+_(wp\d+_pp\d+|pp\d+_dp\d+)\.pt$")
-STEP_FILE = re.compile(r"(\d+)\.step$")
 MLP_NAMES = ("2023", "2024")
 _NAME = re.compile(r"(?:(\d+)\.)?(?:model\.)?(?:(blocks|layers)\.(\d+)\.)?(.+)$")
 EMBEDDING_SPLIT = {

@@ -21,6 +21,7 @@ import torch
 from internlm_ds.arch.spec import ModelArch
 from internlm_ds.checkpoint import unpickle
 from internlm_ds.checkpoint.formats import internlm
+from internlm_ds.checkpoint.names import STEP_FILE
 from internlm_ds.checkpoint.unpickle import LazyTensor
 from internlm_ds.errors import CheckpointDamagedError, CheckpointError
 from internlm_ds.layout.shards import Shard
@@ -52,7 +53,7 @@ def held_parts(folder: Path) -> frozenset[str]:
 
 def step_of(folder: Path) -> int | None:
     """Successful updates by the name of the file `N.step`, None without one."""
-    steps = [int(match[1]) for path in folder.iterdir() if (match := internlm.STEP_FILE.fullmatch(path.name))]
+    steps = [int(match[1]) for path in folder.iterdir() if (match := STEP_FILE.fullmatch(path.name))]
     return max(steps, default=None)
 
 
