@@ -83,7 +83,7 @@ class Launch:
 
     def changes(self) -> dict[str, str]:
         """Files that are not what they were, by path, each with how it differs."""
-        return {used.file.path: used.change for used in self.files if used.change}
+        return {used.file.path: how for used in self.files if (how := used.change)}
 
     def trace(self) -> Trace:
         """Its batches, from the files as they are now.
