@@ -11,8 +11,8 @@ import numpy as np
 
 from internlm_ds.data.binmeta import IntArray
 from internlm_ds.data.doctor.findings import Finding, at_rows
-from internlm_ds.data.doctor.lines import Lines
-from internlm_ds.data.doctor.repeats import find_repeat
+from internlm_ds.data.doctor.lines import DigestArray, Lines
+from internlm_ds.data.doctor.repeats import Repeat, find_repeat
 from internlm_ds.data.doctor.rows import opened_rows, spread_rows
 
 LONG_BIN = 200_000
@@ -76,11 +76,7 @@ def check_lengths(path: str, lines: Lines, min_length: int, *, wanted: bool) -> 
 
 def check_repeats(path: str, lines: Lines) -> Iterator[Finding]:
     """The same samples once more at the end of the bin."""
-    kernels: Any = None
-    if len(lines) >= LONG_BIN:
-        with contextlib.suppress(ImportError):
-            from internlm_ds.data.doctor import kernel as kernels
-    found = find_repeat(lines.digests, kernels=kernels)
+    found = repeat_in(lines.digests)
     if found is None:
         return
     first, source = lines.line(found.first), lines.line(found.source)
@@ -90,6 +86,15 @@ def check_repeats(path: str, lines: Lines) -> Iterator[Finding]:
     else:
         message = f"the last {number} samples are those from line {source} on once more"
     yield Finding("doubled", path, message, first, int(lines.offsets[found.first]))
+
+
+def repeat_in(digests: DigestArray) -> Repeat | None:
+    """`find_repeat`, compiled where that pays."""
+    kernels: Any = None
+    if len(digests) >= LONG_BIN:
+        with contextlib.suppress(ImportError):
+            from internlm_ds.data.doctor import kernel as kernels
+    return find_repeat(digests, kernels=kernels)
 
 
 def check_syntax(path: str, lines: Lines, decode: Callable[[Sequence[int]], str] | None) -> Iterator[Finding]:

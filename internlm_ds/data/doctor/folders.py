@@ -66,6 +66,19 @@ def check_names(folder: str, bins: Sequence[str]) -> Iterator[Finding]:
             yield Finding("unknown-type", path, f"{above[0]!r} is none of {', '.join(DATA_TYPES)}{guess}")
 
 
+def type_below(folder: str, path: str) -> str:
+    """The type of a bin below a folder, with its share if it lies in one.
+
+    >>> type_below("out", "out/train/en/a.bin"), type_below("data/en", "data/en/a.bin")
+    ('train/en', 'en')
+    """
+    own = os.path.basename(os.path.abspath(folder if folder != path else os.path.dirname(path)))
+    above = os.path.relpath(path, folder).split(os.sep)[:-1]
+    if own in DATA_TYPES or not above or folder == path:
+        return own
+    return "/".join(above[:2]) if above[0] in SHARES else above[0]
+
+
 def _looks_like_a_bin(name: str) -> bool:
     stem, ending = os.path.splitext(name.lower())
     return not name.startswith(".") and (

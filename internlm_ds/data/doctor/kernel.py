@@ -52,7 +52,7 @@ def measure_compiled(block: bytes | memoryview) -> Lines:
 
 def _usual_lines(size: int, begins: Any, lengths: Any, learned: Any, largest: Any, digests: Any) -> Lines:
     none = np.zeros(0, dtype=np.int64)
-    return Lines(size, len(begins), begins, lengths, learned, largest, digests, none, none, (), 0, True)
+    return Lines(size, len(begins), begins, lengths, learned, largest, digests, none, none, (), 0, 0, True)
 
 
 def _with_odd_lines(block: memoryview, size: int, columns: tuple[Any, ...], usual: Any) -> Lines:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from internlm_ds.data.binmeta import IntArray, decode_line
+from internlm_ds.data.binmeta import IntArray, decode_line, encode_line
 from internlm_ds.errors import DataFormatError
 
 SmallIntArray = npt.NDArray[np.int32]
@@ -49,7 +49,8 @@ class Lines:
         digests: uint64 `(n,)`, equal for equal samples.
         bad_begins, bad_ends: int64 `(b,)`, where bad lines begin and end.
         bad: The first of them, `MOST_BAD_LINES` at most, with what is wrong.
-        carriage_returns: Samples whose line ends with a carriage return and a newline.
+        odd: Samples whose line is written otherwise than `encode_line` does; training reads them all the same.
+        carriage_returns: Those of them that end with a carriage return and a newline.
         has_end: The last line has its newline, or there is none.
     """
 
@@ -63,6 +64,7 @@ class Lines:
     bad_begins: IntArray
     bad_ends: IntArray
     bad: tuple[BadLine, ...]
+    odd: int
     carriage_returns: int
     has_end: bool
 
@@ -72,6 +74,13 @@ class Lines:
     def line(self, row: int) -> int:
         """1-based line of a sample."""
         return row + 1 + int(np.searchsorted(self.bad_begins, self.offsets[row]))
+
+    @property
+    def ends(self) -> IntArray:
+        """int64 `(n,)`, byte behind each sample's line."""
+        begins = np.sort(np.concatenate([self.offsets, self.bad_begins, [self.size]]))
+        ends: IntArray = begins[np.searchsorted(begins, self.offsets) + 1]
+        return ends
 
     @property
     def num_bad(self) -> int:
@@ -112,6 +121,7 @@ def join(blocks: Sequence[Lines]) -> Lines:
         bad_begins=joined("bad_begins", shifted=True),
         bad_ends=joined("bad_ends", shifted=True),
         bad=tuple(bad[:MOST_BAD_LINES]),
+        odd=sum(block.odd for block in blocks),
         carriage_returns=sum(block.carriage_returns for block in blocks),
         has_end=all(block.has_end for block in blocks),
     )
@@ -125,7 +135,7 @@ class Columns:
         self._digests = array("Q")
         self._bad_begins, self._bad_ends = array("q"), array("q")
         self._bad: list[BadLine] = []
-        self._carriage_returns = self._num_lines = 0
+        self._odd = self._carriage_returns = self._num_lines = 0
         self._has_end = True
 
     def add(self, text: bytes | memoryview, *, offset_bytes: int) -> None:
@@ -146,6 +156,7 @@ class Columns:
         for column, value in zip(self._rows, row):
             column.append(value)
         self._digests.append(digest(tokens))
+        self._odd += text != encode_line(tokens.tolist())
         self._carriage_returns += text.endswith(b"\r\n")
 
     def lines(self, size: int) -> Lines:
@@ -162,6 +173,7 @@ class Columns:
             bad_begins=_array(self._bad_begins, np.int64),
             bad_ends=_array(self._bad_ends, np.int64),
             bad=tuple(self._bad),
+            odd=self._odd,
             carriage_returns=self._carriage_returns,
             has_end=self._has_end,
         )
