@@ -8,13 +8,12 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from internlm_ds.preprocess.engine import kernel
-from internlm_ds.preprocess.engine.merging import Scratch
+from internlm_ds.preprocess.engine.merging import Places, Scratch
 from internlm_ds.preprocess.engine.tables import Array, Tables
 from internlm_ds.preprocess.rows import Rows, TextBlock
 from internlm_ds.preprocess.tokenizers import Encoder
@@ -46,8 +45,9 @@ class FastRows:
         slots: int = _SHORT_SLOTS,
     ):
         self._tables = tables
+        self._places = _places(tables)
         self._encoder = encoder
-        self._frame = _frame(before, behind)
+        self._frame, self._frame_texts = _frame(before, behind)
         self._slots = slots
         self._function = kernel.encode_block()
         self._idle: deque[_Worker] = deque()
@@ -58,34 +58,24 @@ class FastRows:
         try:
             worker = self._idle.pop()
         except IndexError:
-            worker = _Worker.new(self._slots)
+            worker = _Worker(self._slots)
         try:
             return self._encode(block, worker)
         finally:
             self._idle.append(worker)
 
     def _encode(self, block: TextBlock, worker: _Worker) -> Rows:
-        text = _read_only(np.frombuffer(block.text, dtype=np.uint8))
+        text = np.frombuffer(block.text, dtype=np.uint8)
         begins, ends = (_read_only(np.ascontiguousarray(a, dtype=np.int64)) for a in (block.begins, block.ends))
         sizes, lengths = np.empty(len(block), np.int64), np.empty(len(block), np.int64)
         state = np.zeros(8, np.int64)
         state[kernel.PLACE] = state[kernel.LARGEST] = -1
         out = self._buffer(len(block) * 64 + len(text) * 5 // 2)
         while True:
+            place = (_address(out), len(out) - kernel.SLACK)
             code = self._function(
-                text,
-                len(text),
-                begins,
-                ends,
-                self._frame,
-                self._tables,
-                worker.cache,
-                worker.scratch,
-                out,
-                len(out) - kernel.SLACK,
-                sizes,
-                lengths,
-                state,
+                *(_address(text), len(text), begins, ends, self._frame, self._places),
+                *(worker.cache, worker.scratch, *place, sizes, lengths, state),
             )
             if code == kernel.DONE:
                 break
@@ -135,33 +125,38 @@ class FastRows:
         return view.data
 
 
-@dataclass(frozen=True)
 class _Worker:
     """What one call needs for itself while it runs."""
 
-    cache: kernel.Cache
-    scratch: Scratch
-
-    @classmethod
-    def new(cls, slots: int) -> _Worker:
-        def room(num_bytes: int) -> Array:
-            return np.zeros(num_bytes + kernel.SLACK, np.uint8)
-
-        cache = kernel.Cache(
+    def __init__(self, slots: int):
+        self._arrays = [
             np.zeros(slots * kernel.SLOT, np.uint8),
             np.zeros(_LONG_SLOTS * kernel.LONG_SLOT, np.uint8),
-            room(_POOL_BYTES),
+            np.zeros(_POOL_BYTES + kernel.SLACK, np.uint8),
             np.zeros(3, np.int64),
-        )
-        ids, starts, merged, ranks = (np.zeros(kernel.MAX_SEGMENT + 8, np.int64) for _ in range(4))
-        return cls(cache, Scratch(ids, starts, merged, ranks, room(kernel.MAX_FINISHED)))
+            np.zeros(kernel.MAX_FINISHED + kernel.SLACK, np.uint8),
+            *(np.zeros(kernel.MAX_SEGMENT + 8, np.int64) for _ in range(4)),
+        ]
+        short, long, pool, counters, finished, *symbols = map(_address, self._arrays)
+        self.cache = kernel.Cache(short, slots, long, _LONG_SLOTS, pool, _POOL_BYTES, counters)
+        self.scratch = Scratch(symbols[0], symbols[1], symbols[2], symbols[3], finished)
 
 
-def _frame(before: Sequence[int], behind: Sequence[int]) -> kernel.Frame:
+def _places(tables: Tables) -> Places:
+    numbers = {name: _address(array) for name, array in tables._asdict().items()}
+    return Places(
+        **numbers, num_codes=len(tables.classes), num_slots=len(tables.merges), num_pieces=len(tables.id_texts)
+    )
+
+
+def _frame(before: Sequence[int], behind: Sequence[int]) -> tuple[kernel.Frame, list[Array]]:
+    """The frame, and what its addresses point to."""
     texts = [_LINE_BEGIN + _finished(before), _finished(behind)]
     padded = [np.frombuffer(text + b"\0" * kernel.SLACK, dtype=np.uint8) for text in texts]
+    first, last = map(_address, padded)
     largest = max([*before, *behind], default=-1)
-    return kernel.Frame(padded[0], len(texts[0]), padded[1], len(texts[1]), len(before) + len(behind), largest)
+    frame = kernel.Frame(first, len(texts[0]), last, len(texts[1]), len(before) + len(behind), largest)
+    return frame, padded
 
 
 def _finished(ids: Sequence[int]) -> bytes:
@@ -173,3 +168,8 @@ def _read_only(array: Array) -> Array:
     view: Array = array.view()
     view.flags.writeable = False
     return view
+
+
+def _address(array: Array) -> int:
+    assert array.flags.c_contiguous
+    return int(array.ctypes.data)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from numba import njit
 
 from internlm_ds.preprocess.engine.memory import byte_at, put_byte, put_word, word_at
-from internlm_ds.preprocess.engine.merging import finish, inner, user_piece
+from internlm_ds.preprocess.engine.merging import code_at, finish, inner, outer, user_piece
 from internlm_ds.preprocess.engine.tables import HASH_FACTOR
 
 DONE, LEFTOVER, GROW = 0, 1, 2
@@ -39,42 +39,37 @@ _ROW_MASK = 0x7FFFFFFF
 
 
 class Cache(NamedTuple):
-    """Finished segments of one thread; all arrays are bytes but for `counters` (int64)."""
+    """Addresses of the finished segments of one thread, their sizes (slots, bytes), and int64 `counters`."""
 
-    short: Any
-    long: Any
-    pool: Any
-    counters: Any
+    short: int
+    num_short: int
+    long: int
+    num_long: int
+    pool: int
+    pool_size: int
+    counters: int
 
 
 class Frame(NamedTuple):
-    """What stands around the ids of a row: bytes before and behind, padded by `SLACK`, how many, and their tokens."""
+    """What stands around the ids of a row: bytes before and behind (address, size), their tokens and largest id."""
 
-    before: Any
+    before: int
     before_size: int
-    behind: Any
+    behind: int
     behind_size: int
     tokens: int
     largest: int
 
 
 @inner
-def _class_at(text, p, classes, num_classes):
+def _class_at(text, p, tables):
     """Class word and bytes of the character at `p`."""
     c = byte_at(text, p)
     if c < 0x80:
-        return word_at(classes, c << 3), 1
-    if c < 0xE0:
-        code, size = ((c & 0x1F) << 6) | (byte_at(text, p + 1) & 0x3F), 2
-    elif c < 0xF0:
-        code = ((c & 0x0F) << 12) | ((byte_at(text, p + 1) & 0x3F) << 6) | (byte_at(text, p + 2) & 0x3F)
-        size = 3
-    else:
-        code = ((c & 0x07) << 18) | ((byte_at(text, p + 1) & 0x3F) << 12)
-        code |= ((byte_at(text, p + 2) & 0x3F) << 6) | (byte_at(text, p + 3) & 0x3F)
-        size = 4
-    if code < num_classes:
-        return word_at(classes, code << 3), size
+        return word_at(tables.classes, c << 3), 1
+    code, size = code_at(text, p)
+    if code < tables.num_codes:
+        return word_at(tables.classes, code << 3), size
     return 0, size
 
 
@@ -96,32 +91,42 @@ def _careful_word(text, p, end):
     return word
 
 
-@inner
+@outer
 def _forget(cache):
-    cache.short[:] = 0
-    cache.long[:] = 0
-    cache.counters[:] = 0
+    for i in range(0, cache.num_short * SLOT, 8):
+        put_word(cache.short, i, 0)
+    for i in range(0, cache.num_long * LONG_SLOT, 8):
+        put_word(cache.long, i, 0)
+    for i in range(3):
+        put_word(cache.counters, i << 3, 0)
 
 
 @inner
+def _counted(cache, field, more):
+    """Raise a counter; returns what it was."""
+    before = word_at(cache.counters, field << 3)
+    put_word(cache.counters, field << 3, before + more)
+    return before
+
+
+@outer
 def _new_short(text, begin, end, slot, tables, cache, scratch):
     """Encode a short segment into its slot. False: there was no room, the cache is empty now."""
     facts = finish(text, begin, end, tables, scratch)
     size = facts & 0xFFFF
-    pool_place = cache.counters[USED_POOL]
-    limit = len(cache.short) // SLOT
-    if cache.counters[USED_SHORT] > limit - limit // 4 or pool_place + size + SLACK > len(cache.pool):
+    used, place = word_at(cache.counters, USED_SHORT << 3), word_at(cache.counters, USED_POOL << 3)
+    if used > cache.num_short - cache.num_short // 4 or place + size + SLACK > cache.pool_size:
         _forget(cache)
         return False
     if size <= INLINE:
         for i in range(0, INLINE, 8):
             put_word(cache.short, slot + 24 + i, word_at(scratch.finished, i))
     else:
-        put_word(cache.short, slot + 24, pool_place)
-        _copy(scratch.finished, 0, size, cache.pool, pool_place)
-        cache.counters[USED_POOL] += (size + 7) & ~7
+        put_word(cache.short, slot + 24, place)
+        _copy(scratch.finished, 0, size, cache.pool, place)
+        _counted(cache, USED_POOL, (size + 7) & ~7)
     put_word(cache.short, slot + 16, facts)
-    cache.counters[USED_SHORT] += 1
+    _counted(cache, USED_SHORT, 1)
     return True
 
 
@@ -144,27 +149,26 @@ def _same(text, begin, size, pool, place):
     return word_at(text, begin + size - 8) == word_at(pool, place + size - 8)
 
 
-@inner
+@outer
 def _long_slot(text, begin, end, tables, cache, scratch):
     """Place in `cache.long` of a segment of more than `SHORT` bytes, encoded if it was not there."""
     size = end - begin
     mixed = _long_hash(text, begin, end)
-    num_slots = len(cache.long) // LONG_SLOT
     while True:
-        index = (mixed >> 24) & (num_slots - 1)
+        index = (mixed >> 24) & (cache.num_long - 1)
         while True:
             slot = index * LONG_SLOT
             known = word_at(cache.long, slot)
             if known == 0:
                 break
             key = word_at(cache.long, slot + 8)
-            if known == mixed and key & 0xFFFF == size and _same(text, begin, size, cache.pool, (key >> 16) & _MASK32):
+            if known == mixed and key & 0xFFFF == size and _same(text, begin, size, cache.pool, key >> 16):
                 return slot
-            index = (index + 1) & (num_slots - 1)
+            index = (index + 1) & (cache.num_long - 1)
         facts = finish(text, begin, end, tables, scratch)
-        place, finished = cache.counters[USED_POOL], facts & 0xFFFF
-        key_room = (size + 7) & ~7
-        if cache.counters[USED_LONG] > num_slots // 2 or place + key_room + finished + SLACK > len(cache.pool):
+        finished, key_room = facts & 0xFFFF, (size + 7) & ~7
+        place, used = word_at(cache.counters, USED_POOL << 3), word_at(cache.counters, USED_LONG << 3)
+        if used > cache.num_long // 2 or place + key_room + finished + SLACK > cache.pool_size:
             _forget(cache)
             continue
         for i in range(size):
@@ -174,8 +178,8 @@ def _long_slot(text, begin, end, tables, cache, scratch):
         put_word(cache.long, slot + 8, size | (place << 16))
         put_word(cache.long, slot + 16, facts)
         put_word(cache.long, slot + 24, place + key_room)
-        cache.counters[USED_LONG] += 1
-        cache.counters[USED_POOL] = place + key_room + ((finished + 7) & ~7)
+        _counted(cache, USED_LONG, 1)
+        _counted(cache, USED_POOL, key_room + ((finished + 7) & ~7))
         return slot
 
 
@@ -197,16 +201,15 @@ def _short_slot(text, begin, end, text_size, tables, cache, scratch):
             second <<= 128 - 8 * size
     mixed = (first ^ (second * HASH_FACTOR)) * HASH_FACTOR
     mixed = (mixed ^ ((mixed >> 32) & _MASK32)) * HASH_FACTOR
-    num_slots = len(cache.short) // SLOT
     while True:
-        index = (mixed >> 36) & (num_slots - 1)
+        index = (mixed >> 36) & (cache.num_short - 1)
         while True:
             slot = index * SLOT
             if word_at(cache.short, slot) == first and word_at(cache.short, slot + 8) == second:
                 return slot
             if word_at(cache.short, slot + 16) == 0:
                 break
-            index = (index + 1) & (num_slots - 1)
+            index = (index + 1) & (cache.num_short - 1)
         if _new_short(text, begin, end, slot, tables, cache, scratch):
             put_word(cache.short, slot, first)
             put_word(cache.short, slot + 8, second)
@@ -216,18 +219,17 @@ def _short_slot(text, begin, end, text_size, tables, cache, scratch):
 @inner
 def _segment_end(text, p, end, word, size, tables):
     """End of the segment that begins at `p` with a character of this class word and size, and what follows it."""
-    num_classes = len(tables.classes)
     q = p + size
     if word < 0:
         length, _ = user_piece(text, p, end, tables)
         if length > 0 or byte_at(text, p) == 0:
             q = p + max(length, 1)
             if q < end:
-                word, size = _class_at(text, q, tables.classes, num_classes)
+                word, size = _class_at(text, q, tables)
             return q, word, size
     while q < end:
         row = (word >> 32) & _ROW_MASK
-        word, size = _class_at(text, q, tables.classes, num_classes)
+        word, size = _class_at(text, q, tables)
         bit = row + (word & _MASK32)
         if not (byte_at(tables.joins, bit >> 3) >> (bit & 7)) & 1:
             break
@@ -237,7 +239,7 @@ def _segment_end(text, p, end, word, size, tables):
     return q, word, size
 
 
-@inner
+@outer
 def _encode(text, text_size, begins, ends, frame, tables, cache, scratch, out, capacity, sizes, lengths, state):
     """See `encode_block`."""
     largest, o, row, tokens = state[LARGEST], state[OUT], state[ROW], state[TOKENS]
@@ -253,7 +255,7 @@ def _encode(text, text_size, begins, ends, frame, tables, cache, scratch, out, c
             o, tokens = o + frame.before_size, frame.tokens
         word, size = 0, 1
         if p < end:
-            word, size = _class_at(text, p, tables.classes, len(tables.classes))
+            word, size = _class_at(text, p, tables)
         while p < end:
             q, word, size = _segment_end(text, p, end, word, size, tables)
             code = DONE
