@@ -322,6 +322,7 @@ TENSORBOARD = Section(schema.TensorboardConfig, {"queue_max_length": _at_least_1
 OWN = Section(
     schema.OwnConfig,
     {
+        "keep_checkpoints": _at_least_0,
         "compile": _flag,
         "pipeline_schedule": rules.choice("1f1b", "zb-h1"),
         "pipeline_bounds": rules.optional(rules.bounds()),

@@ -303,10 +303,14 @@ class GuardConfig:
 
 @dataclass(frozen=True)
 class OwnConfig:
-    """`internlm_ds = dict(...)`: what a user may ask of this software and InternLM has no word for."""
+    """`internlm_ds = dict(...)`: what a user may ask of this software and InternLM has no word for.
+
+    `keep_checkpoints`: so many of the newest normal checkpoints stay in the save folder (0 = all).
+    """
 
     compat: CompatConfig = CompatConfig()
     guard: GuardConfig = GuardConfig()
+    keep_checkpoints: int = 0
     compile: bool = False
     pipeline_schedule: str = "1f1b"
     pipeline_bounds: tuple[int, ...] | None = None

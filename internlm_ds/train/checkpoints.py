@@ -17,6 +17,7 @@ from internlm_ds.checkpoint.background import BackgroundSaver
 from internlm_ds.checkpoint.formats import native
 from internlm_ds.checkpoint.formats.internlm_run import InternlmRun
 from internlm_ds.checkpoint.manager import CheckpointManager, SaveTask, Start, plan_start
+from internlm_ds.checkpoint.retention import remove_older
 from internlm_ds.engine import state as engine_state
 from internlm_ds.engine.engine import Engine
 from internlm_ds.errors import CheckpointError
@@ -92,10 +93,14 @@ class RunCheckpoints:
         started, step = time.perf_counter(), state.step_count
         write = partial(native.save, task.folder, **self._description(state))
 
-        def say_saved() -> None:
+        def saved() -> None:
             if self.context.is_log_rank:
                 seconds = time.perf_counter() - started
                 logger.info("checkpoint of step %d saved to %s in %.2f s", step, task.folder, seconds)
+            if self.comm.rank == 0 and task.folder.name == str(step):
+                keep = self.spec.config.internlm_ds.keep_checkpoints
+                for path in remove_older(task.folder.parent, newest=step, keep=keep):
+                    logger.info("%s removed: the last %d are kept", path, keep)
 
         owned = {
             "weights": engine_state.weights(self.engine) if self._owns_weights else (),
@@ -103,9 +108,9 @@ class RunCheckpoints:
         }
         if background is None:
             write(comm=self.comm, **owned)
-            say_saved()
+            saved()
         else:
-            background.start(write, **owned, done=say_saved)
+            background.start(write, **owned, done=saved)
             if self.context.is_log_rank:
                 logger.info("checkpoint of step %d: training waited %.2f s", step, time.perf_counter() - started)
         self.manager.saved(task, step)

@@ -346,6 +346,9 @@ RULES: dict[str, Rule] = {
     "internlm_ds.compat.*": always(native("our switch back to the reference's way")),
     "internlm_ds.guard.max_bad_steps": always(native("our training guard counts failed updates in a row")),
     "internlm_ds.guard.drift_every": always(native("our training guard compares the ranks' copies of each parameter")),
+    "internlm_ds.keep_checkpoints": neutral(
+        0, off="all checkpoints stay", on=native("older checkpoints go when a new one is complete")
+    ),
     "internlm_ds.compile": neutral(
         False, off="not compiled", on=refused("torch.compile is not built in this version; write False")
     ),

@@ -7,11 +7,14 @@ start with a dot and are never digits, so no search for checkpoints finds them.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
+import fcntl
 import os
 import secrets
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 TEMPORARY = ".tmp-"
@@ -23,13 +26,26 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 class LocalStorage:
     """`Storage` of plain folders."""
 
+    def __init__(self) -> None:
+        self._held: dict[Path, int | None] = {}
+
     def exists(self, path: Path) -> bool:
         return path.exists()
 
     def make_temporary(self, final: Path, *, prefix: str = TEMPORARY) -> Path:
         final.parent.mkdir(parents=True, exist_ok=True)
         folder = final.parent / f"{prefix}{final.name}-{secrets.token_hex(4)}"
-        folder.mkdir()
+        if prefix == TEMPORARY:
+            folder.mkdir()
+            return folder
+        # nobody holds the save folder's lock for these: each carries its own, and who is alone removes dead ones
+        with _alone(final.parent):
+            for leftover in sorted(final.parent.glob(f"{prefix}*")):
+                if (descriptor := _locked(leftover)) is not None:
+                    self.remove(leftover)
+                    os.close(descriptor)
+            folder.mkdir()
+            self._held[folder] = _locked(folder)
         return folder
 
     def publish(self, temporary: Path, final: Path) -> None:
@@ -44,9 +60,21 @@ class LocalStorage:
             os.rename(temporary, final)
             self.remove(aside)
         sync_folder(final.parent)
+        self._free(temporary)
 
     def remove(self, path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
+        self._free(path)
+
+    def discard(self, final: Path) -> None:
+        """Remove a published folder: gone from its place at once, so that no half of it is ever found there."""
+        aside = final.parent / f"{TEMPORARY}{final.name}-{secrets.token_hex(4)}"
+        os.rename(final, aside)
+        self.remove(aside)
+
+    def _free(self, path: Path) -> None:
+        if (descriptor := self._held.pop(path, None)) is not None:
+            os.close(descriptor)
 
     def recover(self, parent: Path) -> list[str]:
         done = []
@@ -61,6 +89,28 @@ class LocalStorage:
             self.remove(leftover)
             done.append(f"{leftover} was unfinished: removed")
         return done
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Alone among the processes that make folders here with a lock of their own."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _locked(folder: Path) -> int | None:
+    """An open folder with its lock, which the kernel frees when this process ends; None if another one has it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def exchange(first: Path, second: Path) -> bool:

@@ -217,17 +217,19 @@ def test_embedding_is_found_under_its_other_name(tmp_path, tiny_weights, tiny_ar
     assert torch.equal(checkpoint.fragment(other, "master", 3, 5), tiny_weights["embedding.weight"].flatten()[3:8])
 
 
-def test_every_flipped_bit_is_noticed(tmp_path, tiny_weights, tiny_arch):
+@pytest.mark.parametrize("places", [8, pytest.param(50, marks=pytest.mark.soak)])
+def test_every_flipped_bit_and_every_cut_is_noticed(tmp_path, tiny_weights, tiny_arch, places):
     folder = save(tmp_path / "5", tiny_weights, tiny_arch)
     generator = random.Random(3)
     for path in sorted(folder.iterdir()):
         good = path.read_bytes()
-        for position in {0, len(good) - 1, *(generator.randrange(len(good)) for _ in range(12))}:
-            bad = bytearray(good)
-            bad[position] ^= 1 << generator.randrange(8)
-            path.write_bytes(bad)
-            with pytest.raises(CheckpointDamagedError, match=path.name):
-                native.open(folder)
+        for position in {0, len(good) - 1, *(generator.randrange(len(good)) for _ in range(places))}:
+            flipped = bytearray(good)
+            flipped[position] ^= 1 << generator.randrange(8)
+            for bad in (bytes(flipped), good[:position]):
+                path.write_bytes(bad)
+                with pytest.raises(CheckpointDamagedError, match=path.name):
+                    native.open(folder)
         path.write_bytes(good)
     native.open(folder)
 

@@ -313,11 +313,12 @@ def test_own_dict(write: Write) -> None:
     own = config_of(
         write(
             "internlm_ds = dict(compat=dict(no_clip_in_fp32=True, mlp_names='2023'), "
-            "guard=dict(max_bad_steps=3, drift_every=0), pipeline_bounds=[0, 2, 4], data_weights=dict(en=2))\n"
+            "guard=dict(max_bad_steps=3, drift_every=0), pipeline_bounds=[0, 2, 4], data_weights=dict(en=2), "
+            "keep_checkpoints=2)\n"
         )
     ).internlm_ds
     assert (own.compat.no_clip_in_fp32, own.compat.mlp_names, own.guard.max_bad_steps) == (True, "2023", 3)
-    assert own.guard.drift_every == 0
+    assert (own.guard.drift_every, own.keep_checkpoints) == (0, 2)
     assert (own.pipeline_bounds, own.data_weights) == ((0, 2, 4), {"en": 2.0})
 
 
