@@ -129,7 +129,7 @@ class _Worker:
     """What one call needs for itself while it runs."""
 
     def __init__(self, slots: int):
-        self._arrays = [
+        self._arrays: list[Array] = [
             np.zeros(slots * kernel.SLOT, np.uint8),
             np.zeros(_LONG_SLOTS * kernel.LONG_SLOT, np.uint8),
             np.zeros(_POOL_BYTES + kernel.SLACK, np.uint8),
