@@ -10,6 +10,7 @@ TASKS = {
     "check": Task("data_check", "look for faults in token files: which file, which line, what mends it"),
     "repair": Task("data_repair", "write a sound copy of token files: meta rebuilt, torn tail cut, repetition dropped"),
     "stats": Task("data_stats", "tokens by type, lengths, what packing makes of them for a configuration"),
+    "show": Task("data_show", "decode a sample, or a batch of a run, with what is learned and what is masked"),
     "convert": Task("data_convert", "to and from Megatron's .bin/.idx, numpy files, Parquet and Hugging Face datasets"),
 }
 
