@@ -117,6 +117,41 @@ def check_ids(ids: npt.NDArray[Any], *, path: str, where: str, base_bytes: int |
         raise DataFormatError(f"{message}. Write the file again", path=path, offset_bytes=offset)
 
 
+@dataclass(frozen=True)
+class Column:
+    """Numbers behind one another in a file, read piece by piece: unlike a mapping, what was read does not pile up.
+
+    Attributes:
+        path: The file.
+        dtype: Type of a number, as numpy names it (with its byte order).
+        base_bytes: Byte of the file at which they begin.
+    """
+
+    path: str
+    dtype: str
+    base_bytes: int = 0
+
+    @property
+    def itemsize(self) -> int:
+        return int(np.dtype(self.dtype).itemsize)
+
+    def offset(self, index: int) -> int:
+        """Byte of a number."""
+        return self.base_bytes + index * self.itemsize
+
+    def read(self, first: int, last: int) -> npt.NDArray[Any]:
+        """Numbers `first` to `last - 1`.
+
+        Raises:
+            DataFormatError: The file ends before them.
+        """
+        found = np.fromfile(self.path, dtype=self.dtype, count=last - first, offset=self.offset(first))
+        if len(found) != last - first:
+            message = "the file has become shorter while it was read; convert again"
+            raise DataFormatError(message, path=self.path, offset_bytes=self.offset(first + len(found)))
+        return found
+
+
 class WholeFiles:
     """Several files that belong together: written under temporary names, then renamed in the order of `targets`.
 

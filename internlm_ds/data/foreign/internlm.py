@@ -22,6 +22,7 @@ from internlm_ds.data.foreign.blocks import Block, Source, spans
 
 # numba's half second pays from here on
 _KERNEL_BYTES = 32_000_000
+_CHUNK_BYTES = 1 << 22
 
 
 def read_internlm(path: str) -> Source:
@@ -40,6 +41,7 @@ def read_internlm(path: str) -> Source:
         for first, last in spans(reader.lengths):
             raw = text.read_rows(reader.offsets[first:last], reader.lengths[first:last])
             tokens, learned = split_signed_tokens(raw)
+            _forget(text)
             yield Block(tokens, learned if masked() else None, reader.lengths[first:last])
 
     note = _note(path, samples=len(reader), tokens=reader.num_tokens)
@@ -90,9 +92,13 @@ def _note(path: str, *, samples: int, tokens: int) -> dict[str, Any] | None:
     return note if fits(note, samples, tokens) else None
 
 
+def _forget(text: BinText) -> None:
+    """Let go of the pages that were read: they would count as this process's memory until the end."""
+    if os.path.getsize(text.path) and hasattr(mmap, "MADV_DONTNEED"):
+        text.mappings.get(text.path).bytes.madvise(mmap.MADV_DONTNEED)
+
+
 def _has_minus(path: str) -> bool:
     """Whether any token is input only: in a bin a minus stands nowhere else."""
-    if not os.path.getsize(path):
-        return False
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as text:
-        return text.find(b"-") >= 0
+    with open(path, "rb") as file:
+        return any(b"-" in chunk for chunk in iter(lambda: file.read(_CHUNK_BYTES), b""))

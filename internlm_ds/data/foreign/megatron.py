@@ -34,6 +34,7 @@ from internlm_ds.data.binformat import IntArray
 from internlm_ds.data.foreign.blocks import (
     ABOUT,
     Block,
+    Column,
     FileTarget,
     Source,
     TokenDtype,
@@ -159,15 +160,15 @@ def read_megatron(path: str) -> Source:
 
     def blocks() -> Iterator[Block]:
         lengths = index.sample_lengths
-        ids = _mapped(f"{prefix}.bin", index.dtype)
-        learned = None if mask is None else _mapped(f"{prefix}{MASK}.bin", mask.dtype)
+        column = _column(f"{prefix}.bin", index)
+        marks = None if mask is None else _column(f"{prefix}{MASK}.bin", mask)
         at = 0
         for first, last in spans(lengths):
             end = at + int(lengths[first:last].sum())
-            where = f"documents {first + 1} to {last}"
-            check_ids(ids[at:end], path=f"{prefix}.bin", where=where, base_bytes=at * ids.itemsize)
-            marks = None if learned is None else learned[at:end] != 0
-            yield Block(ids[at:end].astype(np.int64), marks, lengths[first:last])
+            ids = column.read(at, end)
+            check_ids(ids, path=column.path, where=f"documents {first + 1} to {last}", base_bytes=column.offset(at))
+            learned = None if marks is None else marks.read(at, end) != 0
+            yield Block(ids.astype(np.int64), learned, lengths[first:last])
             at = end
 
     size = file_sizes(*(f"{prefix}{part}" for part in PARTS))
@@ -216,7 +217,5 @@ def _check_size(prefix: str, index: Index) -> None:
         raise DataFormatError(message, path=path, offset_bytes=min(found, wanted))
 
 
-def _mapped(path: str, dtype: str) -> npt.NDArray[Any]:
-    if not os.path.getsize(path):
-        return np.zeros(0, dtype=dtype)
-    return np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r")
+def _column(path: str, index: Index) -> Column:
+    return Column(path, np.dtype(index.dtype).newbyteorder("<").str)

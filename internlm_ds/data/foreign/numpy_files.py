@@ -21,6 +21,7 @@ from internlm_ds.data.binformat import IntArray
 from internlm_ds.data.foreign.blocks import (
     ABOUT,
     Block,
+    Column,
     FileTarget,
     Source,
     TokenDtype,
@@ -58,27 +59,27 @@ def read_numpy(path: str) -> Source:
         DataFormatError: A file is missing, damaged, or they do not fit each other; here or when it is read.
     """
     prefix = prefix_of(path)
-    ids = _mapped(f"{prefix}{TOKENS}", kinds="iu", what="ids (integers)")
-    lengths = _lengths(prefix, len(ids))
-    learned = None
+    column, num_ids = _column(f"{prefix}{TOKENS}", kinds="iu", what="ids (integers)")
+    lengths = _lengths(prefix, num_ids)
+    marks = None
     if os.path.exists(f"{prefix}{MASK}"):
-        learned = _mapped(f"{prefix}{MASK}", kinds="biu", what="a mask (true or false, 1 or 0)")
-        if len(learned) != len(ids):
-            message = f"{len(learned)} entries for {len(ids)} ids; {_REMEDY}, or remove the mask"
+        marks, num_marks = _column(f"{prefix}{MASK}", kinds="biu", what="a mask (true or false, 1 or 0)")
+        if num_marks != num_ids:
+            message = f"{num_marks} entries for {num_ids} ids; {_REMEDY}, or remove the mask"
             raise DataFormatError(message, path=f"{prefix}{MASK}")
 
     def blocks() -> Iterator[Block]:
-        at, header = 0, os.path.getsize(f"{prefix}{TOKENS}") - ids.nbytes
+        at = 0
         for first, last in spans(lengths):
             end = at + int(lengths[first:last].sum())
-            where, base = f"samples {first + 1} to {last}", header + at * ids.itemsize
-            check_ids(ids[at:end], path=f"{prefix}{TOKENS}", where=where, base_bytes=base)
-            marks = None if learned is None else learned[at:end] != 0
-            yield Block(ids[at:end].astype(np.int64), marks, lengths[first:last])
+            ids = column.read(at, end)
+            check_ids(ids, path=column.path, where=f"samples {first + 1} to {last}", base_bytes=column.offset(at))
+            learned = None if marks is None else marks.read(at, end) != 0
+            yield Block(ids.astype(np.int64), learned, lengths[first:last])
             at = end
 
     size = file_sizes(*(f"{prefix}{part}" for part in PARTS))
-    return Source(prefix, size, len(lengths), lambda: learned is not None, read_note(f"{prefix}{ABOUT}"), blocks)
+    return Source(prefix, size, len(lengths), lambda: marks is not None, read_note(f"{prefix}{ABOUT}"), blocks)
 
 
 class NumpyTarget(FileTarget):
@@ -129,7 +130,7 @@ def _lengths(prefix: str, num_ids: int) -> IntArray:
     """Ids of each sample, from offsets or lengths."""
     if os.path.exists(f"{prefix}{OFFSETS}"):
         path, what = f"{prefix}{OFFSETS}", "offsets (integers)"
-        offsets = np.asarray(_mapped(path, kinds="iu", what=what)).astype(np.int64)
+        offsets = _whole(path, what=what)
         if not len(offsets) or offsets[0] != 0 or offsets[-1] != num_ids or (np.diff(offsets) < 0).any():
             shown = f"from {offsets[0]} to {offsets[-1]}" if len(offsets) else "and hold nothing"
             message = f"offsets rise from 0 to the number of ids, {num_ids}; these run {shown}; {_REMEDY}"
@@ -138,11 +139,24 @@ def _lengths(prefix: str, num_ids: int) -> IntArray:
     path = f"{prefix}{LENGTHS}"
     if not os.path.exists(path):
         raise DataFormatError(f"no such file, nor {prefix}{LENGTHS}: where does a sample begin?", path=prefix + OFFSETS)
-    lengths = np.asarray(_mapped(path, kinds="iu", what="lengths (integers)")).astype(np.int64)
+    lengths = _whole(path, what="lengths (integers)")
     if (lengths < 0).any() or int(lengths.sum()) != num_ids:
         message = f"the lengths add up to {int(lengths.sum())}, there are {num_ids} ids; {_REMEDY}"
         raise DataFormatError(message, path=path)
     return lengths
+
+
+def _whole(path: str, *, what: str) -> IntArray:
+    column, count = _column(path, kinds="iu", what=what)
+    return column.read(0, count).astype(np.int64)
+
+
+def _column(path: str, *, kinds: str, what: str) -> tuple[Column, int]:
+    """Where the numbers of a `.npy` file lie, and how many they are."""
+    found = _mapped(path, kinds=kinds, what=what)
+    # numpy has checked that the file holds them all, and nothing is known of what follows
+    base = int(getattr(found, "offset", 0))
+    return Column(path, found.dtype.str, base), len(found)
 
 
 def _mapped(path: str, *, kinds: str, what: str) -> npt.NDArray[Any]:
