@@ -76,6 +76,7 @@ def alpaca_recipe(ids: ChatIds, *, compat: bool = False) -> Recipe:
         kind="alpaca",
         parts=parts,
         frame=Frame(bos=(ids.bos,), eos=(ids.eos,), reference=True),
+        framing=(ids.eoh, ids.eoa),
         guarded=not compat,
         settings={"pieces": ids._asdict(), "compat": "reference" if compat else None},
     )

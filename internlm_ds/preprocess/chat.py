@@ -57,7 +57,9 @@ def chat_recipe(template: Template) -> Recipe:
     def parts(record: Any, place: Place) -> list[Part]:
         return template.parts(messages_of(record, place))
 
-    return Recipe(kind="chat", parts=parts, frame=template.frame, settings=settings_of(template))
+    return Recipe(
+        kind="chat", parts=parts, frame=template.frame, framing=template.framing, settings=settings_of(template)
+    )
 
 
 def tokenize_chat(

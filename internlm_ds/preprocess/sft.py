@@ -51,7 +51,7 @@ class Recipe:
         kind: Its name in the provenance file.
         parts: The parts of a record, None to leave it out (counted as skipped); raises `Place.error`.
         frame: What stands around each sample.
-        controls: Ids of control pieces by name; others that a part names are looked up in the model.
+        framing: Ids that end or begin a turn; control pieces that a part names are looked up in the model.
         guarded: Literal control pieces in a text are text; off only where the reference's bytes are wanted.
         settings: What the provenance file shall say about it.
     """
@@ -59,7 +59,7 @@ class Recipe:
     kind: str
     parts: Callable[[Any, Place], Sequence[Part] | None]
     frame: Frame
-    controls: Mapping[str, int] = field(default_factory=dict)
+    framing: tuple[int, ...] = ()
     guarded: bool = True
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -153,7 +153,7 @@ def tokenize_records(
         check_output(path, append=False, overwrite=overwrite, can_append=False)
     sources = [SourceFile(path) for path in expand_inputs([dataset])]
     kept, skipped, named = _survey(recipe, sources)
-    controls = _controls(recipe, tokenizer, named)
+    controls = _controls(tokenizer, named)
     chosen = draw_validation(kept, split=split)
     with ExitStack() as stack:
         shares = [_Share(path, stack, overwrite=overwrite, empty_meta=empty_meta) for path in paths]
@@ -238,9 +238,9 @@ def _survey(recipe: Recipe, sources: Sequence[SourceFile]) -> tuple[int, int, se
     return kept, skipped, named
 
 
-def _controls(recipe: Recipe, tokenizer: TextTokenizer, named: set[str]) -> dict[str, int]:
-    found = dict(recipe.controls)
-    for name in sorted(named - found.keys()):
+def _controls(tokenizer: TextTokenizer, named: set[str]) -> dict[str, int]:
+    found = {}
+    for name in sorted(named):
         number = tokenizer.piece_id(name)
         if number is None:
             raise TokenizerError(
@@ -251,11 +251,19 @@ def _controls(recipe: Recipe, tokenizer: TextTokenizer, named: set[str]) -> dict
 
 
 def guards(recipe: Recipe, tokenizer: TextTokenizer, controls: Mapping[str, int]) -> dict[int, list[int]]:
-    """Ids that no text may become, each with its name in ordinary pieces."""
+    """Ids that no text may become, each with its name in ordinary pieces.
+
+    They are the ids that frame this recipe's turns and InternLM's chat pieces, as far as the model turns a text that
+    spells them out into them.
+    """
     if not recipe.guarded:
         return {}
-    names = {name: tokenizer.piece_id(name) for name in (*CHAT_PIECES, *controls)}
-    return {number: spell(name, tokenizer) for name, number in names.items() if number is not None}
+    frame = recipe.frame.bos + recipe.frame.eos
+    known = [tokenizer.piece_id(name) for name in CHAT_PIECES]
+    ids = {number for number in (*known, *controls.values(), *recipe.framing, *frame) if number is not None}
+    names = {number: tokenizer.piece(number) for number in sorted(ids) if number < tokenizer.vocab_size}
+    encoded = tokenizer.encode(list(names.values()))
+    return {number: spell(names[number], tokenizer) for number, found in zip(names, encoded) if number in found}
 
 
 def _bodies(

@@ -45,6 +45,11 @@ class Template:
     pieces: dict[str, int]
     message: Callable[[Message], list[Part]]
 
+    @property
+    def framing(self) -> tuple[int, ...]:
+        """Ids that begin or end a turn."""
+        return tuple(number for name, number in self.pieces.items() if name != "newline")
+
     def parts(self, messages: Sequence[Message]) -> list[Part]:
         """A whole conversation; only what the assistant writes, with the piece that ends it, is learned."""
         return [part for message in messages for part in self.message(message)]

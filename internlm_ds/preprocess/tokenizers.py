@@ -106,6 +106,11 @@ class Tokenizer:
         found = int(self._model.piece_to_id(piece))
         return found if self._model.id_to_piece(found) == piece else None
 
+    def piece(self, number: int) -> str:
+        """Name of a piece by its id, below `vocab_size`."""
+        name: str = self._model.id_to_piece(number)
+        return name
+
     def piece_or_id(self, text: str, *, option: str) -> int:
         """Id for the value of an option that takes a piece or an id.
 

@@ -131,6 +131,21 @@ def test_control_pieces_in_a_text_are_text(run, tokenizer, name):
     assert decoded.count(literal) == 2
 
 
+def test_a_word_that_ends_a_turn_is_spelled_in_a_text(run, tokenizer):
+    number, eoa = tokenizer.piece_id("the"), tokenizer.piece_id("<eoa>")
+    (sample,), _ = run([talk("the cat", "the")], given={"eoh": "the"})
+    ids = [abs(i) for i in sample]
+    assert ids.count(number) == 1 and tokenizer.encode(["the"]) == [[number]]
+    assert tokenizer._model.decode(ids[1 : ids.index(number)]) == "<|User|>:the cat"
+    assert tokenizer._model.decode(ids[ids.index(number) : ids.index(eoa)]).endswith("<|Bot|>:the")
+
+
+def test_a_byte_that_ends_a_turn_stays_a_byte_in_a_text(run, tokenizer):
+    byte = tokenizer.piece_id("<0x0E>")
+    (sample,), _ = run([talk("cat", "a\x0eb")], given={"eoh": str(byte)})
+    assert sample.count(byte) == 1 and sample.count(-byte) == 1
+
+
 def test_a_message_without_an_answer_is_counted_and_left_out(run):
     samples, outcome = run([talk("cat"), talk("cat", "mat")])
     assert len(samples) == 1 and outcome.train.tally.unlearned == 1
