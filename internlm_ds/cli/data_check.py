@@ -74,9 +74,9 @@ def _expected(args: argparse.Namespace, config: Any) -> Any:
         vocab_size, origin = config.model.vocab_size, "model.vocab_size"
     if args.tokenizer is not None:
         from internlm_ds.preprocess.decode import open_decoder
-        from internlm_ds.preprocess.tokenizers import Tokenizer, find_model
+        from internlm_ds.preprocess.tokenizers import find_model, open_tokenizer
 
-        tokenizer = Tokenizer(find_model(args.tokenizer, environ={}))
+        tokenizer = open_tokenizer(find_model(args.tokenizer, environ={}))
         facts = TokenizerFacts(tokenizer.name, tokenizer.sha256, tokenizer.vocab_size)
         decode = open_decoder(tokenizer.path).text
         if vocab_size is None:

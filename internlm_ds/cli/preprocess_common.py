@@ -15,7 +15,7 @@ from internlm_ds.errors import DataFormatError
 
 
 def add_tokenizer_option(parser: argparse.ArgumentParser) -> None:
-    about = "sentencepiece model (default: $INTERNLM_DS_TOKENIZER)"
+    about = "sentencepiece model or tokenizer.json (default: $INTERNLM_DS_TOKENIZER)"
     parser.add_argument("--tokenizer", "--tokenizer_path", metavar="MODEL", help=about)
 
 
@@ -29,9 +29,9 @@ def load_tokenizer(given: str | None, *, constant: str = "", folder: Path | None
     Raises:
         TokenizerError: There is none, or it is no model.
     """
-    from internlm_ds.preprocess.tokenizers import Tokenizer, find_model
+    from internlm_ds.preprocess.tokenizers import find_model, open_tokenizer
 
-    return Tokenizer(find_model(given, environ=os.environ, constant=constant, folder=folder))
+    return open_tokenizer(find_model(given, environ=os.environ, constant=constant, folder=folder))
 
 
 def warn(text: str) -> None:

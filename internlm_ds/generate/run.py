@@ -20,7 +20,7 @@ from internlm_ds.errors import CheckpointError, ConfigError, TokenizerError
 from internlm_ds.generate.sampling import sample
 from internlm_ds.model.layers import LanguageModel, build_layers
 from internlm_ds.parallel.context import Axis
-from internlm_ds.preprocess.tokenizers import Tokenizer
+from internlm_ds.preprocess.tokenizers import Tokenizer, open_tokenizer
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def generate(folder: str, *, tokenizer_path: str, prompt: str, settings: Setting
         ConfigError: Its model is none that one process can generate with.
         TokenizerError: No tokenizer, or one that does not belong to the model; or the prompt has no tokens.
     """
-    tokenizer = Tokenizer(tokenizer_path)
+    tokenizer = open_tokenizer(tokenizer_path)
     model, arch = load_model(folder)
     ids = _prompt_ids(tokenizer, prompt, arch)
     new = sample(
@@ -54,7 +54,7 @@ def generate(folder: str, *, tokenizer_path: str, prompt: str, settings: Setting
         stop_ids=_stop_ids(tokenizer),
         num_tokens=tokenizer.vocab_size,
     )
-    return decode(tokenizer, [*ids, *new])
+    return tokenizer.decode([*ids, *new])
 
 
 def load_model(folder: str, *, device: torch.device | str | None = None) -> tuple[LanguageModel, ModelArch]:
@@ -78,13 +78,6 @@ def load_model(folder: str, *, device: torch.device | str | None = None) -> tupl
         for name, parameter in model.named_logical_parameters():
             parameter.copy_(checkpoint.weight(name))
     return model.to(device).eval(), arch
-
-
-def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """Ids to text, control pieces left out."""
-    import sentencepiece
-
-    return sentencepiece.SentencePieceProcessor(model_file=tokenizer.path).decode(ids)
 
 
 def _local_path(folder: str) -> Path:

@@ -9,14 +9,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from internlm_ds.errors import TokenizerError
+from internlm_ds.preprocess.tokenizers import JsonTokenizer
 
 
 def open_decoder(path: str) -> Decoder:
-    """The decoder of a `.model` file.
+    """The decoder of a `.model` file, or of a `tokenizer.json`.
 
     Raises:
-        TokenizerError: It is no sentencepiece model.
+        TokenizerError: It is neither.
     """
+    if path.endswith(".json"):
+        return JsonDecoder(JsonTokenizer(path))
     import sentencepiece
 
     sentencepiece.set_min_log_level(2)
@@ -71,6 +74,18 @@ class Decoder:
         if self._model.is_control(number) or self._model.is_unknown(number):
             return "sign", f"⟨{piece.strip('<>')}⟩".encode()
         return "text", piece.replace("▁", " ").encode()
+
+
+class JsonDecoder(Decoder):
+    """The same for a `tokenizer.json`; special tokens are shown as they are spelled."""
+
+    def __init__(self, tokenizer: JsonTokenizer):
+        self.vocab_size = tokenizer.vocab_size
+        self._tokenizer = tokenizer
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of ids, signs ignored."""
+        return self._tokenizer.decode([abs(number) for number in ids], skip_special=False)
 
 
 def shown_bytes(content: bytes) -> str:

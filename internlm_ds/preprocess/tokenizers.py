@@ -1,22 +1,26 @@
-"""Sentencepiece models: which one, what it can do, and the two ways of encoding.
+"""Tokenizer models: which one, what it can do, and the two ways of encoding.
 
-`find_model` follows the order that users are promised; `Tokenizer` wraps a model; `PlainEncoder` and `ReferenceEncoder`
-differ in one thing, literal control pieces in a text. sentencepiece is imported when a model is loaded.
+`find_model` follows the order that users are promised; `open_tokenizer` opens what it found, a sentencepiece model
+(`Tokenizer`) or a `tokenizer.json` of Hugging Face (`JsonTokenizer`); `PlainEncoder` and `ReferenceEncoder` differ in
+one thing, literal control pieces in a text. The libraries are imported when a model is loaded.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from internlm_ds.errors import TokenizerError
+from internlm_ds.errors import MissingExtraError, TokenizerError
 
 ENVIRONMENT_VARIABLE = "INTERNLM_DS_TOKENIZER"
 NEIGHBOUR_NAMES = ("V7_sft.model", "tokenizer_internlm.model")
+FOLDER_NAMES = ("tokenizer.model", "tokenizer.json")  # in a folder of Hugging Face, the first that is there
+_USUAL_CONTROLS = {"bos": "<s>", "eos": "</s>"}
 _REFERENCE_SPECIALS = ("<unk>", "<s>", "</s>")
 
 
@@ -42,19 +46,43 @@ def find_model(given: str | None, *, environ: Mapping[str, str], constant: str =
     for name in NEIGHBOUR_NAMES if folder else ():
         if folder and (folder / name).is_file():
             return str(folder / name)
-    ways = ["give --tokenizer MODEL (a sentencepiece .model file)", f"set ${ENVIRONMENT_VARIABLE}"]
+    ways = ["give --tokenizer MODEL (a sentencepiece .model file, or a tokenizer.json)", f"set ${ENVIRONMENT_VARIABLE}"]
     if folder:
         ways += [f"set TOKENIZER at the top of {folder / 'tokenizer.py'}", f"put {NEIGHBOUR_NAMES[0]} beside it"]
     raise TokenizerError(f"no tokenizer model: {', '.join(ways[:-1])} or {ways[-1]}")
 
 
 def _existing(path: str, origin: str) -> str:
-    if os.path.isdir(path) and os.path.isfile(os.path.join(path, "tokenizer.model")):
-        return os.path.join(path, "tokenizer.model")  # a Hugging Face folder
+    if os.path.isdir(path):
+        for name in FOLDER_NAMES:
+            if os.path.isfile(os.path.join(path, name)):
+                return os.path.join(path, name)
     if not os.path.isfile(path):
-        what = "is a folder without tokenizer.model" if os.path.isdir(path) else "does not exist"
-        raise TokenizerError(f"the tokenizer model {path} {what} (from {origin}); name a sentencepiece .model file")
+        what = f"is a folder without {' or '.join(FOLDER_NAMES)}" if os.path.isdir(path) else "does not exist"
+        message = f"the tokenizer model {path} {what} (from {origin}); name a sentencepiece .model file"
+        raise TokenizerError(f"{message} or a tokenizer.json")
     return path
+
+
+def open_tokenizer(path: str | os.PathLike[str]) -> Tokenizer:
+    """The tokenizer in a file, whatever its kind.
+
+    Raises:
+        TokenizerError: It is no tokenizer.
+        MissingExtraError: It is a `tokenizer.json` and `tokenizers` is not installed.
+    """
+    name = os.fspath(path)
+    if name.endswith(".json") or _head(name).startswith(b"{"):
+        return JsonTokenizer(name)
+    return Tokenizer(name)
+
+
+def _head(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(1)
+    except OSError:
+        return b""  # loading says what is the matter
 
 
 class Tokenizer:
@@ -64,14 +92,15 @@ class Tokenizer:
         path, name: The model file, and its name alone.
         sha256: Hex digest of the file.
         vocab_size: Number of pieces.
+        library: What encodes.
 
     Raises:
         TokenizerError: The file is no sentencepiece model.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
-        import sentencepiece
+    library = "sentencepiece"
 
+    def __init__(self, path: str | os.PathLike[str]):
         self.path = os.fspath(path)
         self.name = os.path.basename(self.path)
         try:
@@ -79,27 +108,39 @@ class Tokenizer:
         except OSError as error:
             raise TokenizerError(f"the tokenizer model {self.path} cannot be read: {error.strerror}") from None
         self.sha256 = hashlib.sha256(content).hexdigest()
+        self._threads = min(8, os.cpu_count() or 1)
+        self._model = self._load(content)
+        self.vocab_size = self._count_pieces()
+
+    def _load(self, content: bytes) -> Any:
+        import sentencepiece
+
         # else the library warns about a piece of InternLM's own model each time it is loaded
         sentencepiece.set_min_log_level(2)
         try:
-            self._model: Any = sentencepiece.SentencePieceProcessor(model_proto=content)
+            return sentencepiece.SentencePieceProcessor(model_proto=content)
         except RuntimeError as error:
             raise TokenizerError(f"{self.path} is no sentencepiece model ({error})") from None
-        self.vocab_size = int(self._model.get_piece_size())
-        self._threads = min(8, os.cpu_count() or 1)
+
+    def _count_pieces(self) -> int:
+        return int(self._model.get_piece_size())
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text; a control piece that a text spells out is ordinary text to sentencepiece."""
         ids: list[list[int]] = self._model.encode(list(texts), num_threads=self._threads)
         return ids
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, control pieces left out."""
+        return str(self._model.decode(list(ids)))
+
     @property
     def bos_id(self) -> int:
-        return self._control("bos", self._model.bos_id(), "--no-bos")
+        return self._control("bos", self._control_id("bos"), "--no-bos")
 
     @property
     def eos_id(self) -> int:
-        return self._control("eos", self._model.eos_id(), "--no-eos")
+        return self._control("eos", self._control_id("eos"), "--no-eos")
 
     def piece_id(self, piece: str) -> int | None:
         """Id of a piece, None if the model lacks it."""
@@ -128,10 +169,67 @@ class Tokenizer:
             raise TokenizerError(f"{message}{self.vocab_size - 1})")
         return found
 
+    def _control_id(self, name: str) -> int:
+        return int(getattr(self._model, f"{name}_id")())
+
     def _control(self, name: str, found: int, option: str) -> int:
         if found < 0:
             raise TokenizerError(f"{self.name} has no {name} piece; run without it ({option}) or use another model")
         return found
+
+
+class JsonTokenizer(Tokenizer):
+    """A `tokenizer.json` of Hugging Face with the same facts; bos and eos are those of `tokenizer_config.json` beside.
+
+    Special tokens that a text spells out are ordinary text, as with sentencepiece.
+
+    Raises:
+        TokenizerError: The file is no such tokenizer.
+        MissingExtraError: `tokenizers` is not installed.
+    """
+
+    library = "tokenizers"
+
+    def _load(self, content: bytes) -> Any:
+        try:
+            import tokenizers
+        except ImportError:
+            raise MissingExtraError("tokenizers", extra="tokenizers", needed_for=f"reading {self.path}") from None
+        try:
+            model = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
+        except Exception as error:  # the library raises plain Exception
+            raise TokenizerError(f"{self.path} is no tokenizer.json ({error})") from None
+        model.no_truncation()
+        model.no_padding()
+        model.encode_special_tokens = True
+        return model
+
+    def _count_pieces(self) -> int:
+        # the highest id counts: there may be gaps below it
+        return 1 + max(self._model.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text."""
+        return [found.ids for found in self._model.encode_batch(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """The text of ids; special tokens are left out, or shown as they are spelled."""
+        return str(self._model.decode(list(ids), skip_special_tokens=skip_special))
+
+    def piece_id(self, piece: str) -> int | None:
+        """Id of a token, None if the model lacks it."""
+        found: int | None = self._model.token_to_id(piece)
+        return found
+
+    def _control_id(self, name: str) -> int:
+        beside = Path(self.path).with_name("tokenizer_config.json")
+        try:
+            token = json.loads(beside.read_bytes()).get(f"{name}_token")
+        except (OSError, ValueError, AttributeError):
+            token = None
+        token = token.get("content") if isinstance(token, dict) else token
+        found = self.piece_id(token if isinstance(token, str) else _USUAL_CONTROLS[name])
+        return -1 if found is None else found
 
 
 class Encoder(Protocol):

@@ -17,11 +17,18 @@ class PlainRows:
     Args:
         encoder: Texts to ids.
         before, behind: Ids put before and behind each sample.
+        engine: The library that encodes.
     """
 
-    engine = "sentencepiece"
-
-    def __init__(self, encoder: Encoder, *, before: Sequence[int] = (), behind: Sequence[int] = ()):
+    def __init__(
+        self,
+        encoder: Encoder,
+        *,
+        before: Sequence[int] = (),
+        behind: Sequence[int] = (),
+        engine: str = "sentencepiece",
+    ):
+        self.engine = engine
         self._encoder = encoder
         self._before, self._behind = list(before), list(behind)
 

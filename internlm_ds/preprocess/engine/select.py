@@ -59,7 +59,7 @@ def row_encoder(
         TokenizerError: An engine that was asked for by name cannot be used with this model.
     """
     truth = ReferenceEncoder(tokenizer) if compat else PlainEncoder(tokenizer)
-    plain = PlainRows(truth, before=before, behind=behind)
+    plain = PlainRows(truth, before=before, behind=behind, engine=tokenizer.library)
     if engine == "sentencepiece" or (engine == "auto" and num_bytes is not None and num_bytes < SMALL_INPUT_BYTES):
         return plain
     try:
@@ -69,8 +69,8 @@ def row_encoder(
     except ValueError as error:
         if engine == "auto":
             return plain
-        message = f"the engine {engine} cannot stand in for sentencepiece with {tokenizer.name}: {error}"
-        raise TokenizerError(f"{message}; use auto or sentencepiece") from None
+        message = f"the engine {engine} cannot stand in for {plain.engine} with {tokenizer.name}: {error}"
+        raise TokenizerError(f"{message}; use auto") from None
     chosen = _build(tables, truth, before=before, behind=behind, engine=engine, warn=warn)
     wrong = disagreement(chosen, plain, sample=sample)
     if wrong is None:
@@ -110,6 +110,9 @@ def disagreement(chosen: RowEncoder, plain: RowEncoder, *, sample: Iterable[str]
 
 def _tables(tokenizer: Tokenizer) -> Tables:
     """Raises ValueError, with the reason, for a model that is not for these engines."""
+
+    if tokenizer.library != "sentencepiece":
+        raise ValueError("it is no sentencepiece model")
 
     def build_tables() -> Tables:
         model = model_file.parse(Path(tokenizer.path).read_bytes())

@@ -34,6 +34,11 @@ def test_folder_of_a_hugging_face_model(folder):
     assert find_model(str(folder), environ={}) == str(folder / "tokenizer.model")
 
 
+def test_folder_with_a_tokenizer_json_only(folder):
+    (folder / "tokenizer.json").write_bytes(b"{}")
+    assert find_model(str(folder), environ={}) == str(folder / "tokenizer.json")
+
+
 def test_no_model_says_how_to_supply_one(tmp_path):
     with pytest.raises(TokenizerError, match=r"give --tokenizer MODEL .* or set \$INTERNLM_DS_TOKENIZER$"):
         find_model(None, environ={})
