@@ -43,7 +43,7 @@ def train(spec: runspec.RunSpec, context: ParallelContext, *, steps: int) -> Ite
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config)
 
     dataset = build_dataset(config)
-    sampler = build_sampler(config, len(dataset), data_rank=context.data.rank, data_size=context.data.size)
+    sampler = build_sampler(config, dataset, data_rank=context.data.rank, data_size=context.data.size)
     batches = RepeatingLoader(
         engine.deepspeed_io(
             dataset,

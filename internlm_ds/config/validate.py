@@ -59,6 +59,7 @@ def validate(reader: Reader) -> Config:
         internlm_ds=_plain(reader, sections, "internlm_ds"),
     )
     _moe_rules(reader, config)
+    _weight_rules(reader, config)
     return config
 
 
@@ -375,6 +376,17 @@ def _moe_rules(reader: Reader, config: Config) -> None:
     if overlaps.overlap_sync_grad and overlaps.overlap_sync_param:
         message = "a MoE model allows only one of overlap_sync_grad and overlap_sync_param; write False"
         reader.problem(("hybrid_zero_optimizer", "overlap_sync_param"), message, True)
+
+
+def _weight_rules(reader: Reader, config: Config) -> None:
+    """What can be said of `data_weights` without looking at files."""
+    weights, key = config.internlm_ds.data_weights, ("internlm_ds", "data_weights")
+    if weights is None:
+        return
+    if not any(weights.values()):
+        reader.problem(key, 'one weight must be above 0, e.g. {"en": 1.0, "code": 0.5}', dict(weights))
+    elif not config.data.train_folder:
+        reader.problem(key, "needs data.train_folder: synthetic data has no types to weigh", dict(weights))
 
 
 # parallel

@@ -27,6 +27,8 @@ from internlm_ds.data.packing import Concatenation
 from internlm_ds.data.readahead import ReadAhead
 from internlm_ds.data.sampler import BatchSkipper, StaticBatchSampler
 from internlm_ds.data.trainset import open_sampler, open_train_set
+from internlm_ds.data.weighted import WeightedSampler, facts_of
+from internlm_ds.layout.batch import BatchPlan
 
 logger = logging.getLogger(__name__)
 
@@ -253,10 +255,17 @@ def build_dataset(config: Config, *, log: bool = True) -> PackedDataset:
 
 
 def build_sampler(
-    config: Config, num_packs: int, *, data_rank: int, data_size: int, seed: int | None = None
+    config: Config, dataset: PackedDataset, *, data_rank: int, data_size: int, seed: int | None = None
 ) -> StaticBatchSampler:
-    """This rank's sampler as a configuration asks for it; `seed` replaces `data.seed`."""
-    return open_sampler(config.data, num_packs, data_rank=data_rank, data_size=data_size, seed=seed)
+    """This rank's sampler of a data set as a configuration asks for it; `seed` replaces `data.seed`.
+
+    Raises:
+        ConfigError: `internlm_ds.data_weights` do not fit the files.
+        DataFormatError: There are too few packs.
+    """
+    place = {"data_rank": data_rank, "data_size": data_size, "seed": seed}
+    weights = config.internlm_ds.data_weights
+    return open_sampler(config.data, dataset.packs, dataset.files, weights=weights, **place)
 
 
 def build_train_loader(config: Config, *, data_rank: int, data_size: int, seed: int | None = None) -> TrainLoader:
@@ -266,7 +275,11 @@ def build_train_loader(config: Config, *, data_rank: int, data_size: int, seed: 
         DataFormatError: Files are missing or damaged, do not fit the vocabulary, or are too few.
     """
     dataset = build_dataset(config, log=data_rank == 0)
-    sampler = build_sampler(config, len(dataset), data_rank=data_rank, data_size=data_size, seed=seed)
+    sampler = build_sampler(config, dataset, data_rank=data_rank, data_size=data_size, seed=seed)
+    if data_rank == 0 and isinstance(sampler, WeightedSampler):
+        batch = BatchPlan.from_config(config.data, data_size=data_size)
+        for facts in facts_of(sampler.mixture, batch=batch, steps=config.data.total_steps):
+            logger.info("mixture over %d steps: %s", config.data.total_steps, facts)
     return TrainLoader(
         dataset,
         sampler=sampler,

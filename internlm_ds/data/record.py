@@ -62,6 +62,7 @@ class Launch:
 
     Attributes:
         data: Settings of the data; `train_folder` is absolute.
+        weights: `internlm_ds.data_weights`.
         vocab_size: `model.vocab_size`.
         dataset_types: Names of the data types, in the order of their ids.
         data_size: Data-parallel ranks.
@@ -70,6 +71,7 @@ class Launch:
     """
 
     data: DataConfig
+    weights: Mapping[str, float] | None
     vocab_size: int
     dataset_types: tuple[str, ...]
     data_size: int
@@ -101,7 +103,8 @@ class Launch:
         now = {file.path: len(part) for file, part in zip(data.files, data.packs.parts) if len(part)}
         if was != now:
             raise _lost(changes)
-        sampler = open_sampler(self.data, len(data), data_rank=0, data_size=self.data_size)
+        ranks = {"data_rank": 0, "data_size": self.data_size}
+        sampler = open_sampler(self.data, data.packs, data.files, weights=self.weights, **ranks)
         sampler.load_state_dict(self.position)
         return Trace(data, sampler, skip_batches=self.data.skip_batches)
 
@@ -110,6 +113,7 @@ def note_launch(
     run_dir: str | os.PathLike[str],
     *,
     data: DataConfig,
+    weights: Mapping[str, float] | None = None,
     vocab_size: int,
     dataset_types: Sequence[str],
     data_size: int,
@@ -129,6 +133,7 @@ def note_launch(
     try:
         launch = {
             "data": settings,
+            "data_weights": None if weights is None else dict(weights),
             "vocab_size": vocab_size,
             "dataset_types": list(dataset_types),
             "data_size": data_size,
@@ -192,6 +197,7 @@ def _launch(entry: Mapping[str, Any]) -> Launch:
     known = {one.name for one in fields(DataConfig)}
     return Launch(
         data=DataConfig(**{key: value for key, value in entry["data"].items() if key in known}),
+        weights=entry["data_weights"],
         vocab_size=int(entry["vocab_size"]),
         dataset_types=tuple(entry["dataset_types"]),
         data_size=int(entry["data_size"]),

@@ -208,6 +208,13 @@ class StaticBatchSampler:
         return DataFormatError(message + "use more data, or lower data.micro_num, data.micro_bsz or data.seq_len")
 
     def _check_state(self, state: Mapping[str, Any]) -> None:
+        if state.get("mixture") is not None:
+            message = (
+                f"the checkpoint's data order was made with data_weights = {state['mixture']['weights']}, this run "
+            )
+            raise CheckpointError(
+                f"{message}has none; set them back, or load without the sampler: the data begins anew"
+            )
         ours = {"seed": self.seed, "raw_rampup_batch_size": self.rampup}
         names = {"seed": "data.seed", "raw_rampup_batch_size": "data.rampup_batch_size"}
         for key, value in ours.items():

@@ -7,15 +7,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from internlm_ds.config.schema import DataConfig
 from internlm_ds.data import catalog
 from internlm_ds.data.catalog import BinFile, Catalog
+from internlm_ds.data.mixture import Mixture
 from internlm_ds.data.packing import Concatenation, PaddedBatcher, packer_for
 from internlm_ds.data.sampler import StaticBatchSampler
 from internlm_ds.data.synthetic import DATASET_TYPES, TRAIN_SAMPLES, SyntheticSamples
+from internlm_ds.data.weighted import WeightedSampler, sources_of
 
 logger = logging.getLogger(__name__)
 
@@ -71,17 +74,32 @@ def open_train_set(data: DataConfig, *, vocab_size: int, log: bool = True, files
 
 
 def open_sampler(
-    data: DataConfig, num_packs: int, *, data_rank: int, data_size: int, seed: int | None = None
+    data: DataConfig,
+    packs: Concatenation,
+    files: Sequence[BinFile],
+    *,
+    weights: Mapping[str, float] | None = None,
+    data_rank: int,
+    data_size: int,
+    seed: int | None = None,
 ) -> StaticBatchSampler:
-    """The sampler of one data-parallel rank; `seed` replaces `data.seed`."""
-    return StaticBatchSampler(
-        num_packs,
-        batch_size=data.micro_num,
-        rampup=data.rampup_batch_size,
-        seed=data.seed if seed is None else seed,
-        data_rank=data_rank,
-        data_size=data_size,
-    )
+    """The sampler of one data-parallel rank.
+
+    Args:
+        packs, files: The training set, and the file of each of its parts.
+        weights: `internlm_ds.data_weights`; None: every pack once an epoch, in InternLM's order.
+        seed: Replaces `data.seed`.
+    Raises:
+        ConfigError: The weights do not fit the files.
+        DataFormatError: There are too few packs.
+    """
+    seed = data.seed if seed is None else seed
+    place: dict[str, Any] = {"data_rank": data_rank, "data_size": data_size, "seed": seed}
+    settings = {"batch_size": data.micro_num, "rampup": data.rampup_batch_size, **place}
+    if weights is None:
+        return StaticBatchSampler(len(packs), **settings)
+    sources = sources_of(weights, [file.name for file in files], [len(part) for part in packs.parts])
+    return WeightedSampler(Mixture(sources, seed=seed), len(packs), **settings)
 
 
 def _report_packs(part: Any, name: str) -> None:

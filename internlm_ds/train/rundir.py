@@ -47,6 +47,7 @@ def note_data(folder: Path, loader: TrainLoader, *, spec: RunSpec, comm: Process
         record.note_launch(
             folder,
             data=spec.config.data,
+            weights=spec.config.internlm_ds.data_weights,
             vocab_size=spec.config.model.vocab_size,
             dataset_types=loader.dataset_types,
             data_size=spec.layout.data,

@@ -356,7 +356,7 @@ RULES: dict[str, Rule] = {
     "internlm_ds.data_weights": neutral(
         None,
         off="data types are mixed as they lie in data.train_folder",
-        on=refused("weighted data types are not built in this version; remove it"),
+        on=native("our sampler draws each type or file at its share; InternLM knows no weights"),
     ),
     "internlm_ds.pipeline_bounds": _pipeline_bounds,
 }

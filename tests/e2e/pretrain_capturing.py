@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
 from internlm_ds.data.loader import StepBatch, TrainLoader
 from internlm_ds.train.run import main
 

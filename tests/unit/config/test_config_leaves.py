@@ -315,11 +315,25 @@ def test_own_dict(write: Write) -> None:
             "internlm_ds = dict(compat=dict(no_clip_in_fp32=True, mlp_names='2023'), "
             "guard=dict(max_bad_steps=3, drift_every=0), pipeline_bounds=[0, 2, 4], data_weights=dict(en=2), "
             "keep_checkpoints=2)\n"
+            "data['train_folder'] = 'data'\n"
         )
     ).internlm_ds
     assert (own.compat.no_clip_in_fp32, own.compat.mlp_names, own.guard.max_bad_steps) == (True, "2023", 3)
     assert (own.guard.drift_every, own.keep_checkpoints) == (0, 2)
     assert (own.pipeline_bounds, own.data_weights) == ((0, 2, 4), {"en": 2.0})
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("internlm_ds = dict(data_weights=dict(en=2))\ndata['train_folder'] = None\n", "needs data.train_folder"),
+        ("internlm_ds = dict(data_weights=dict(en=0))\ndata['train_folder'] = 'x'\n", "one weight must be above 0"),
+        ("internlm_ds = dict(data_weights=dict(en=-1))\n", "the value of 'en' must be"),
+    ],
+)
+def test_weights_that_weigh_nothing(write: Write, lines: str, message: str) -> None:
+    (problem,) = load(write(lines)).problems
+    assert problem.key == "internlm_ds.data_weights" and message in problem.message
 
 
 def test_loading_imports_no_numpy_and_no_torch(write: Write) -> None:

@@ -193,7 +193,7 @@ def test_validation_loaders_give_tensors() -> None:
 
 
 def _order(config: Config, count: int) -> list[int]:
-    sampler = build_sampler(config, len(build_dataset(config)), data_rank=0, data_size=1)
+    sampler = build_sampler(config, build_dataset(config), data_rank=0, data_size=1)
     return list(itertools.chain(*(sampler.next_batch() for _ in range(count))))
 
 
@@ -201,11 +201,11 @@ def _order(config: Config, count: int) -> list[int]:
 def test_flat_sampler_feeds_other_loaders(folder: str, workers: int) -> None:
     config = make_config(train_folder=folder)
     dataset = build_dataset(config)
-    flat = FlatSampler(build_sampler(config, len(dataset), data_rank=0, data_size=1))
+    flat = FlatSampler(build_sampler(config, dataset, data_rank=0, data_size=1))
     loader = DataLoader(dataset, batch_size=1, sampler=flat, collate_fn=first_item, num_workers=workers)
     iter(loader)  # a pass that is begun and given up loses nothing
     items = [item for _ in range(3) for item in loader]
-    straight = TrainLoader(dataset, sampler=build_sampler(config, len(dataset), data_rank=0, data_size=1))
+    straight = TrainLoader(dataset, sampler=build_sampler(config, dataset, data_rank=0, data_size=1))
     wanted = [item for _ in range(len(items) // 2) for item in straight.next_step().micro_batches]
     assert len(items) == len(wanted) == 3 * len(flat)
     assert all(torch.equal(item[0][0], want[0][0]) for item, want in zip(items, wanted))
@@ -216,7 +216,7 @@ def test_flat_sampler_seeks_over_epochs(folder: str) -> None:
     config = make_config(train_folder=folder, rampup_batch_size="1 1 2")
     dataset = build_dataset(config)
     order = _order(config, 60)
-    flat = FlatSampler(build_sampler(config, len(dataset), data_rank=0, data_size=1))
+    flat = FlatSampler(build_sampler(config, dataset, data_rank=0, data_size=1))
     for items in (0, 4, 40, 2):
         flat.seek(items)
         rest = list(flat) + list(flat)

@@ -46,13 +46,13 @@ def loader_of(data: DataConfig, rank: int, size: int) -> TrainLoader:
     dataset = PackedDataset(
         found.packs, dataset_types=found.dataset_types, seq_len=found.seq_len, rows=found.rows, files=found.files
     )
-    sampler = open_sampler(data, len(found), data_rank=rank, data_size=size)
+    sampler = open_sampler(data, found.packs, found.files, data_rank=rank, data_size=size)
     return TrainLoader(dataset, sampler=sampler, skip_batches=data.skip_batches, read_ahead=0)
 
 
 def trace_of(data: DataConfig, size: int) -> Trace:
     found = opened(data)
-    sampler = open_sampler(data, len(found), data_rank=0, data_size=size)
+    sampler = open_sampler(data, found.packs, found.files, data_rank=0, data_size=size)
     return Trace(found, sampler, skip_batches=data.skip_batches)
 
 

@@ -31,7 +31,7 @@ def run(tmp_path: Path) -> Path:
         vocab_size=100,
         dataset_types=found.dataset_types,
         data_size=1,
-        position=open_sampler(data, len(found), data_rank=0, data_size=1).state_dict(),
+        position=open_sampler(data, found.packs, found.files, data_rank=0, data_size=1).state_dict(),
         packs=found.packs,
         files=found.files,
     )
