@@ -90,5 +90,5 @@ def _packing(args: argparse.Namespace, config: Any) -> tuple[Mapping[str, Any], 
     from internlm_ds.runspec import resolve
 
     layout = resolve(args.config, overrides=args.overrides, world_size=args.world_size).layout
-    sampler = open_sampler(config.data, len(train_set), data_rank=0, data_size=layout.data)
-    return found, len(sampler)
+    weights, ranks = config.internlm_ds.data_weights, {"data_rank": 0, "data_size": layout.data}
+    return found, len(open_sampler(config.data, train_set.packs, train_set.files, weights=weights, **ranks))
