@@ -42,11 +42,13 @@ class HashedFile:
 
     Args:
         size: Of the whole file in bytes, if it is known.
+        flush: Who waits until it is on the disk; None: the end of the block does.
     Raises:
         OSError: The file exists, or the disk is full (known at once where `size` is given).
     """
 
-    def __init__(self, path: Path, *, size: int = 0):
+    def __init__(self, path: Path, *, size: int = 0, flush: Flush | None = None):
+        self._flush = flush
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._is_large = size >= LARGE_BYTES
         self._digest = _ThreadedDigest() if self._is_large else hashlib.sha256()
@@ -71,10 +73,14 @@ class HashedFile:
 
     def __exit__(self, kind: object, *rest: object) -> None:
         with self._closed_on_error():
-            if kind is None:
+            if kind is None and self._flush is None:
                 os.fsync(self._descriptor)
             self._hex = self._digest.hexdigest()
-        os.close(self._descriptor)
+        if kind is None and self._flush is not None:
+            start_writing(self._descriptor, self._sent, 0)
+            self._flush.take(self._descriptor)
+        else:
+            os.close(self._descriptor)
 
     @contextlib.contextmanager
     def _closed_on_error(self) -> Iterator[None]:
@@ -89,6 +95,31 @@ class HashedFile:
     def record(self) -> FileRecord:
         """Of the closed file."""
         return FileRecord(size=self._size, sha256=self._hex)
+
+
+class Flush:
+    """Files that are waited for together: the end of the `with` block brings all of them to the disk.
+
+    One file is written while the one before it still goes to the disk, and small ones cost next to nothing.
+    """
+
+    def __init__(self) -> None:
+        self._descriptors: list[int] = []
+
+    def take(self, descriptor: int) -> None:
+        """Wait for this open file at the end, and close it."""
+        self._descriptors.append(descriptor)
+
+    def __enter__(self) -> Flush:
+        return self
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        try:
+            for descriptor in self._descriptors if kind is None else ():
+                os.fsync(descriptor)
+        finally:
+            for descriptor in self._descriptors:
+                os.close(descriptor)
 
 
 class _ThreadedDigest:
@@ -115,9 +146,9 @@ class _ThreadedDigest:
         return self._sha.hexdigest()
 
 
-def write_bytes(path: Path, data: bytes) -> FileRecord:
+def write_bytes(path: Path, data: bytes, *, flush: Flush | None = None) -> FileRecord:
     """Write a small file through to the disk."""
-    with HashedFile(path) as file:
+    with HashedFile(path, flush=flush) as file:
         file.write(data)
     return file.record
 
@@ -152,7 +183,7 @@ def reserve(descriptor: int, size: int) -> None:
 
 
 def start_writing(descriptor: int, start: int, size: int) -> None:
-    """Let the system begin to write a part of a file to the disk, and do not wait for it.
+    """Let the system begin to write a part of a file to the disk, and do not wait for it; size 0: to its end.
 
     Source: sync_file_range(2) with SYNC_FILE_RANGE_WRITE.
     """

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from internlm_ds.checkpoint.diskfile import FileRecord, HashedFile
+from internlm_ds.checkpoint.diskfile import FileRecord, Flush, HashedFile
 from internlm_ds.errors import CheckpointDamagedError
 
 DTYPE_CODES = {
@@ -50,10 +50,20 @@ class TensorSpec:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def write(path: Path, tensors: Mapping[str, torch.Tensor], *, metadata: Mapping[str, str] | None = None) -> FileRecord:
-    """Write one safetensors file through to the disk; tensors may lie on any device and share storage."""
+def write(
+    path: Path,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    flush: Flush | None = None,
+) -> FileRecord:
+    """Write one safetensors file through to the disk; tensors may lie on any device and share storage.
+
+    Args:
+        flush: See `diskfile.HashedFile`.
+    """
     specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
-    return write_stream(path, specs, tensors.values(), metadata=metadata)
+    return write_stream(path, specs, tensors.values(), metadata=metadata, flush=flush)
 
 
 def write_stream(
@@ -62,11 +72,12 @@ def write_stream(
     tensors: Iterable[torch.Tensor],
     *,
     metadata: Mapping[str, str] | None = None,
+    flush: Flush | None = None,
 ) -> FileRecord:
     """As `write`, with tensors that are made one at a time, in the order of `specs`."""
     text = _header(specs, metadata=metadata)
     size = 8 + len(text) + sum(spec.size for spec in specs)
-    with HashedFile(path, size=size) as file:
+    with HashedFile(path, size=size, flush=flush) as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for spec, tensor in zip(specs, tensors, strict=True):

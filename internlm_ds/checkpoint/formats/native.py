@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -27,7 +27,7 @@ from internlm_ds.checkpoint import diskfile, tensorfile, train_state
 from internlm_ds.checkpoint import manifest as manifests
 from internlm_ds.checkpoint.agree import Comm, Solo, collect, on_first_rank
 from internlm_ds.checkpoint.completeness import check_fragments, check_parameters, check_visible
-from internlm_ds.checkpoint.diskfile import FileRecord
+from internlm_ds.checkpoint.diskfile import FileRecord, Flush
 from internlm_ds.checkpoint.formats.native_reader import (
     CONFIG,
     EXP_AVG,
@@ -60,6 +60,9 @@ __all__ = [
     "open",
     "save",
 ]
+
+
+Entry = TypeVar("Entry", StoredParameter, StoredFragment)
 
 
 class Weight(NamedTuple):
@@ -142,7 +145,14 @@ def save(
     try:
         reports = collect(
             comm,
-            lambda: _write_rank(temporary, rank=comm.rank, weights=weights, fragments=fragments, rng_state=rng_state),
+            lambda: _write_rank(
+                temporary,
+                rank=comm.rank,
+                weights=weights,
+                fragments=fragments,
+                rng_state=rng_state,
+                texts=_texts(train_state, config_text) if comm.rank == 0 else {},
+            ),
             doing=f"saving {final}",
         )
 
@@ -160,7 +170,7 @@ def save(
                 random_states=0,
                 files={},
             )
-            _finish(temporary, reports, head=head, train_state_value=train_state, config_text=config_text, arch=arch)
+            _finish(temporary, reports, head=head, arch=arch)
             storage.publish(temporary, final)
 
         on_first_rank(comm, finish, doing=f"saving {final}")
@@ -178,36 +188,65 @@ def _write_rank(
     weights: Iterable[Weight | tuple[str, torch.Tensor]],
     fragments: Iterable[Fragment],
     rng_state: dict[str, Any] | None,
+    texts: Mapping[str, str],
 ) -> _RankReport:
-    files: dict[str, FileRecord] = {}
-    parameters: list[StoredParameter] = []
-    stored: list[StoredFragment] = []
-    written: dict[str, StoredParameter] = {}
+    with Flush() as flush:
+        out = _RankFiles(folder, rank=rank, flush=flush)
+        for name, text in texts.items():
+            out.write_text(name, text)
+        if rng_state is not None:
+            out.write_random_state(rng_state)
+        parameters, stored = out.write_weights(weights), out.write_fragments(fragments)
+    return _RankReport(out.files, parameters, stored, has_random_state=rng_state is not None)
 
-    def named_weights() -> Iterable[tuple[str, torch.Tensor]]:
-        for weight in (Weight(*item) for item in weights):
-            entry = StoredParameter(weight.name, weight.shape, _dtype_name(weight.tensor.dtype), "", weight.shard)
-            written[entry.key] = entry
-            yield entry.key, weight.tensor
 
-    for number, group in enumerate(tensorfile.shards(named_weights())):
-        file = f"weights-rank{rank:05d}-{number:05d}.safetensors"
-        files[file] = tensorfile.write(folder / file, group, metadata={"format": "pt"})
-        parameters += [replace(written[key], file=file) for key in group]
-    described = ((_stored(f, file=""), f.tensor) for f in fragments if f.tensor.numel())
-    entries: dict[str, StoredFragment] = {}
+class _RankFiles:
+    """What one rank writes, file after file, and their records."""
 
-    def named() -> Iterable[tuple[str, torch.Tensor]]:
-        for entry, tensor in described:
-            entries[entry.key] = entry
-            yield entry.key, tensor
+    def __init__(self, folder: Path, *, rank: int, flush: Flush):
+        self._folder, self._rank, self._flush = folder, rank, flush
+        self.files: dict[str, FileRecord] = {}
 
-    for number, group in enumerate(tensorfile.shards(named())):
-        file = f"optimizer-rank{rank:05d}-{number:05d}.safetensors"
-        files[file] = tensorfile.write(folder / file, group, metadata={"format": "pt"})
-        stored += [replace(entries[key], file=file) for key in group]
-    files |= _write_random_state(folder, rng_state, rank=rank)
-    return _RankReport(files, parameters, stored, has_random_state=rng_state is not None)
+    def write_text(self, name: str, text: str) -> None:
+        self.files[name] = diskfile.write_bytes(self._folder / name, text.encode(), flush=self._flush)
+
+    def write_random_state(self, state: dict[str, Any]) -> None:
+        tensors: dict[str, torch.Tensor] = {}
+        text = train_state.dumps(state, tensors)
+        name = random_file(self._rank)
+        self.write_text(f"{name}.json", text)
+        if tensors:
+            self._write(f"{name}.safetensors", tensors)
+
+    def write_weights(self, weights: Iterable[Weight | tuple[str, torch.Tensor]]) -> list[StoredParameter]:
+        entries = (
+            (StoredParameter(w.name, w.shape, _dtype_name(w.tensor.dtype), "", w.shard), w.tensor)
+            for w in (Weight(*item) for item in weights)
+        )
+        return self._write_entries("weights", entries)
+
+    def write_fragments(self, fragments: Iterable[Fragment]) -> list[StoredFragment]:
+        entries = ((_stored(f, file=""), f.tensor) for f in fragments if f.tensor.numel())
+        return self._write_entries("optimizer", entries)
+
+    def _write_entries(self, what: str, entries: Iterable[tuple[Entry, torch.Tensor]]) -> list[Entry]:
+        """Tensors under their entries' keys in as many files as it takes; the entries with their file's name."""
+        seen: dict[str, Entry] = {}
+        placed: list[Entry] = []
+
+        def named() -> Iterator[tuple[str, torch.Tensor]]:
+            for entry, tensor in entries:
+                seen[entry.key] = entry
+                yield entry.key, tensor
+
+        for number, group in enumerate(tensorfile.shards(named())):
+            file = f"{what}-rank{self._rank:05d}-{number:05d}.safetensors"
+            self._write(file, group, metadata={"format": "pt"})
+            placed += [replace(seen[key], file=file) for key in group]
+        return placed
+
+    def _write(self, name: str, tensors: dict[str, torch.Tensor], **options: Any) -> None:
+        self.files[name] = tensorfile.write(self._folder / name, tensors, flush=self._flush, **options)
 
 
 def _stored(fragment: Fragment, *, file: str) -> StoredFragment:
@@ -216,18 +255,6 @@ def _stored(fragment: Fragment, *, file: str) -> StoredFragment:
     assert fragment.tensor.dtype == torch.float32, f"{fragment.name}: a fragment is fp32, got {fragment.tensor.dtype}"
     rank = None if fragment.shard is None else fragment.shard.rank
     return StoredFragment(fragment.name, fragment.kind, fragment.start, fragment.tensor.numel(), file, rank)
-
-
-def _write_random_state(folder: Path, rng_state: dict[str, Any] | None, *, rank: int) -> dict[str, FileRecord]:
-    if rng_state is None:
-        return {}
-    tensors: dict[str, torch.Tensor] = {}
-    text = train_state.dumps(rng_state, tensors)
-    name = random_file(rank)
-    files = {f"{name}.json": diskfile.write_bytes(folder / f"{name}.json", text.encode())}
-    if tensors:
-        files[f"{name}.safetensors"] = tensorfile.write(folder / f"{name}.safetensors", tensors)
-    return files
 
 
 def _dtype_name(dtype: str | torch.dtype) -> str:
@@ -248,19 +275,20 @@ def _versions() -> dict[str, str]:
     return found
 
 
+def _texts(train_state_value: dict[str, Any], config_text: str) -> dict[str, str]:
+    """The small files of the whole job; none is empty."""
+    return {TRAIN_STATE: train_state.dumps(train_state_value), CONFIG: config_text or "# no configuration\n"}
+
+
 def _finish(
     folder: Path,
     reports: list[_RankReport],
     *,
     head: Manifest,
-    train_state_value: dict[str, Any],
-    config_text: str,
     arch: ModelArch | None,
 ) -> None:
-    """Rank 0's part: the small files, the checks over all ranks, the manifest."""
+    """Rank 0's part: the checks over all ranks, the manifest."""
     files = {name: record for report in reports for name, record in report.files.items()}
-    files[TRAIN_STATE] = diskfile.write_bytes(folder / TRAIN_STATE, train_state.dumps(train_state_value).encode())
-    files[CONFIG] = diskfile.write_bytes(folder / CONFIG, (config_text or "# no configuration\n").encode())
     parameters = [p for report in reports for p in report.parameters]
     fragments = [f for report in reports for f in report.fragments]
     problems = [
