@@ -126,7 +126,8 @@ def _trace(args: argparse.Namespace) -> tuple[Any, int]:
 
         data_size = resolve(args.config, overrides=args.overrides, world_size=args.world_size).layout.data
     data = open_train_set(config.data, vocab_size=config.model.vocab_size, log=False)
-    sampler = open_sampler(config.data, len(data), data_rank=0, data_size=data_size)
+    weights, ranks = config.internlm_ds.data_weights, {"data_rank": 0, "data_size": data_size}
+    sampler = open_sampler(config.data, data.packs, data.files, weights=weights, **ranks)
     return Trace(data, sampler, skip_batches=config.data.skip_batches), data_size
 
 

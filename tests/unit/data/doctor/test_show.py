@@ -105,7 +105,7 @@ def test_a_batch_is_what_training_is_given(switches, tmp_path, capsys):
     record = json.loads(shown(capsys, "--config", CONFIG, *words, "--batch", 3, "--json"))
     config = load(CONFIG, changes).config
     data = open_train_set(config.data, vocab_size=10_000, log=False)
-    sampler = open_sampler(config.data, len(data), data_rank=0, data_size=1)
+    sampler = open_sampler(config.data, data.packs, data.files, data_rank=0, data_size=1)
     batches = [sampler.next_batch() for _ in range(4)]
     micro_batches = record["ranks"][0]["micro_batches"]
     assert [one["pack"] for one in micro_batches] == batches[3]
