@@ -5,8 +5,9 @@ The formats are a table; a new one needs a reader that gives a `Source`, a targe
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -171,13 +172,24 @@ def _convert_one(
     source: Source, path: str, name: str, dtype: TokenDtype, overwrite: bool, progress: Callable[[int], None]
 ) -> Converted:
     samples = tokens = 0
-    with _target(name, path, source, dtype=dtype, overwrite=overwrite) as target:
+    with _named(path), _target(name, path, source, dtype=dtype, overwrite=overwrite) as target:
         for block in source.blocks():
             target.write(block)
             samples += len(block.lengths)
             tokens += len(block.tokens)
             progress(source.num_bytes * samples // max(source.num_samples, 1))
     return Converted(source.path, path, samples, tokens)
+
+
+@contextlib.contextmanager
+def _named(path: str) -> Iterator[None]:
+    """What the system refuses without naming a file (no space left) happened while this one was written."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise OSError(error.errno, f"cannot be written: {error.strerror or error}", path) from error
+        raise
 
 
 def _target(name: str, path: str, source: Source, *, dtype: TokenDtype, overwrite: bool) -> Any:

@@ -52,13 +52,13 @@ def read_parquet(path: str) -> Source:
     if not os.path.isfile(path):
         raise DataFormatError("no such file", path=path)
     try:
-        file = pa.parquet.ParquetFile(path, memory_map=True)
+        file = pa.parquet.ParquetFile(path)
     except (pa.ArrowException, OSError) as error:
         raise _damaged(path, error) from None
     columns = _columns(file.schema_arrow, path)
 
     def batches() -> Iterator[Any]:
-        with pa.parquet.ParquetFile(path, memory_map=True) as again:
+        with pa.parquet.ParquetFile(path) as again:
             yield from again.iter_batches(batch_size=_ROWS, columns=columns)
 
     note = _note((file.schema_arrow.metadata or {}).get(_NOTE_KEY))
@@ -267,7 +267,8 @@ def _row_of(index: int, lengths: npt.NDArray[Any], first_row: int) -> int:
 
 
 def _stream(pa: Any, path: str) -> Iterator[Any]:
-    with pa.memory_map(path) as file, pa.ipc.open_stream(file) as reader:
+    # not mapped: what was read would pile up as this process's memory
+    with pa.OSFile(path) as file, pa.ipc.open_stream(file) as reader:
         yield from reader
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import signal
 import struct
 
 import numpy as np
@@ -335,6 +337,23 @@ def test_an_existing_output_is_kept_or_replaced_whole(tmp_path, name):
     convert(str(path), to, target_format=name, overwrite=True)
     convert(to, str(tmp_path / "new.bin"), source_format=name)
     assert (read(tmp_path / "old.bin"), read(tmp_path / "new.bin")) == (SAMPLES, [[1, 2]])
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_full_disk_leaves_nothing_and_names_the_output(tmp_path, name):
+    """The system's limit on the size of a file stands in for a full disk."""
+    path = write(tmp_path / "x.bin", [list(range(100_000, 120_000))])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(OSError) as raised:
+            convert(str(path), str(tmp_path / "o" / "y"), target_format=name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert raised.value.filename == str(tmp_path / "o" / "y")
+    assert not (tmp_path / "o").exists() or not os.listdir(tmp_path / "o")
 
 
 def test_an_output_never_replaces_its_input(tmp_path):
