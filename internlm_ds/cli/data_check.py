@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> int:
     found = []
     for path in data_paths(args.paths, config):
         bins = folders.bins_below(path)
-        found += folders.check_folder(path, bins) if bins != [path] else []
+        typed = config is None or path != config.data.valid_folder
+        found += folders.check_folder(path, bins, typed=typed) if bins != [path] else []
         owners.update((one, path) for one in bins)
     bins = list(owners)
     examined = []

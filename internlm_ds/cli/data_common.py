@@ -55,17 +55,17 @@ def data_paths(paths: Sequence[str], config: Any) -> list[str]:
 
 
 @contextmanager
-def shown_progress(paths: Sequence[str]) -> Iterator[Callable[[int], None]]:
-    """A function to call with the size of what is done; shows rate, share and time left on stderr."""
+def shown_progress(paths: Sequence[str]) -> Iterator[Callable[[Any], None]]:
+    """A function to call with each block that was scanned; shows rates, share done and time left on stderr."""
     from internlm_ds.preprocess.progress import Progress
 
     total = sum(os.path.getsize(path) for path in paths if os.path.isfile(path))
-    progress, done = Progress(total, stream=sys.stderr), 0
+    progress, done, tokens = Progress(total, stream=sys.stderr), 0, 0
 
-    def add(num_bytes: int) -> None:
-        nonlocal done
-        done += num_bytes
-        progress.update(done, tokens=0)
+    def add(block: Any) -> None:
+        nonlocal done, tokens
+        done, tokens = done + block.size, tokens + block.num_tokens
+        progress.update(done, tokens=tokens)
 
     try:
         yield add

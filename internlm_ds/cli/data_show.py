@@ -18,6 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser, task: str) -> None:
     which.add_argument("--sample", type=int, metavar="K", help="sample K of BIN, from 0")
     which.add_argument("--line", type=int, metavar="N", help="line N of BIN, from 1, whatever its meta says")
     which.add_argument("--batch", type=int, metavar="N", help="batch N, from 0, of a run of --config")
+    which.add_argument("--run", metavar="RUN_DIR", help="a run that was: batch --step of it, or --top-loss")
+    parser.add_argument("--step", type=int, metavar="N", help="batch index, as step in metrics.jsonl")
+    parser.add_argument("--top-loss", type=int, metavar="K", help="the K batches with the largest loss")
     add_config_options(parser, "the run that --batch belongs to; for a sample, its seq_len cuts segments")
     about = "ranks of that run: they share a batch (default: as few as the configuration allows)"
     parser.add_argument("--world-size", type=int, metavar="N", help=about)
@@ -36,12 +39,20 @@ def run(args: argparse.Namespace) -> int:
         ConfigError, DataFormatError, LayoutError, TokenizerError: There is no such sample or batch, or it cannot be
             read.
     """
+    if args.run is not None:
+        from internlm_ds.cli.data_show_run import run_show_run
+
+        return run_show_run(
+            args.run, step=args.step, top_loss=args.top_loss, tokenizer=args.tokenizer, as_json=args.json
+        )
     if args.batch is not None:
         if args.config is None or args.bin is not None:
             raise DataFormatError("--batch N shows a batch of a run: give --config CONFIG, and no BIN")
         return _show_batch(args)
     if args.bin is None or (args.sample is None and args.line is None):
-        message = "what shall be shown? BIN --sample K, BIN --line N, or --config CONFIG --batch N"
+        message = (
+            "what shall be shown? BIN --sample K, BIN --line N, --config CONFIG --batch N, or --run RUN_DIR --step N"
+        )
         raise DataFormatError(message)
     return _show_sample(args)
 

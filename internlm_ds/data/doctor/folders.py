@@ -31,9 +31,14 @@ def bins_below(path: str) -> list[str]:
     return found
 
 
-def check_folder(folder: str, bins: Sequence[str]) -> Iterator[Finding]:
-    """What is wrong around the bins of a folder."""
-    yield from check_names(folder, bins)
+def check_folder(folder: str, bins: Sequence[str], *, typed: bool = True) -> Iterator[Finding]:
+    """What is wrong around the bins of a folder.
+
+    Args:
+        typed: Its folders are to be named after types; those of validation sets may have any name.
+    """
+    if typed:
+        yield from check_names(folder, bins)
     for root, _ in walk_bins(folder, key="PATH"):
         names = set(os.listdir(root))
         for name in sorted(names):

@@ -20,7 +20,7 @@ Engine = Literal["auto", "compiled", "plain"]
 
 BLOCK_BYTES = 1 << 21
 READ_ON_BYTES = 1 << 16
-SMALL_BYTES = 1 << 23
+SMALL_BYTES = 1 << 24
 """Up to so many bytes in all, loading the compiled scan takes longer than doing without."""
 
 
@@ -30,14 +30,14 @@ def scan_bins(
     workers: int = 1,
     engine: Engine = "auto",
     block_bytes: int = BLOCK_BYTES,
-    done: Callable[[int], None] = lambda num_bytes: None,
+    done: Callable[[Lines], None] = lambda block: None,
 ) -> Iterator[Lines | OSError]:
     """The lines of each bin, in the order of `paths`; an `OSError` instead where a file cannot be read.
 
     Args:
         workers: Threads; while one file is handed out the next ones are being scanned.
         engine: "auto" takes the compiled scan for more than `SMALL_BYTES`, if numba is there.
-        done: Called with the size of each block that is finished.
+        done: Called with each block that is finished.
     """
     measure = measure_for(paths, engine)
     tasks, ahead = _tasks(paths, block_bytes), deque[tuple[int, Future[Lines]]]()
@@ -52,7 +52,7 @@ def scan_bins(
                     break
                 try:
                     parts.append(ahead.popleft()[1].result())
-                    done(parts[-1].size)
+                    done(parts[-1])
                 except OSError as error:
                     failed = error
             yield failed or join(parts)

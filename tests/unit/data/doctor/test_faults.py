@@ -16,6 +16,10 @@ from internlm_ds.cli.main import main
 from internlm_ds.data.doctor.checks import Expected, examine
 from internlm_ds.data.doctor.findings import KINDS
 from internlm_ds.data.doctor.scan import scan_bins
+from internlm_ds.preprocess.tokenizers import Tokenizer
+from internlm_ds.preprocess.train_tokenizer import train_tokenizer
+
+CONFIG = Path(__file__).parents[4] / "model_configs" / "debug_cpu.py"
 
 # what a fault cannot help bringing about besides
 FOLLOWS = {"damaged-line": {"note-mismatch", "meta-stale"}, "torn-tail": {"note-mismatch"}}
@@ -72,13 +76,10 @@ def test_short_samples_are_faults_if_asked_for_and_named_if_dropped(tmp_path, ca
     write(tmp_path / "en/a.bin", [[3, 4, 5], [6, 7]])
     code, found = check(capsys, tmp_path, "--min-length", 3)
     assert (code, [(one["kind"], one["line"]) for one in found]) == (1, [("short", 2)])
-    config = tmp_path / "config.py"
-    text = (Path(__file__).parents[4] / "model_configs" / "debug_cpu.py").read_text()
-    config.write_text(text)
     asked = ["--set", f"data.train_folder={tmp_path}", "--set", "model.vocab_size=6"]
-    code, found = check(capsys, "--config", config, *asked, "--set", "data.min_length=3")
+    code, found = check(capsys, "--config", CONFIG, *asked, "--set", "data.min_length=3")
     assert (code, {one["kind"] for one in found}) == (1, {"dropped", "id-range"})
-    code, found = check(capsys, "--config", config, *asked[:2], "--set", "data.min_length=4")
+    code, found = check(capsys, "--config", CONFIG, *asked[:2], "--set", "data.min_length=4")
     assert (code, {one["kind"] for one in found}) == (1, {"all-dropped"})
 
 
@@ -142,3 +143,34 @@ def test_a_doubled_file_of_the_reference_tool(tmp_path, capsys):
     place.write_lines(place.lines * 2, meta=True)
     (finding,) = check(capsys, tmp_path)[1]
     assert (finding["kind"], finding["line"]) == ("doubled", 4) and "2 times" in finding["message"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer") / "tiny.model"
+    text = ['the cat sat on the mat, {"text": "the dog sat on the log"}. ' * 20]
+    return str(train_tokenizer(text, path, vocab_size=300))
+
+
+def test_json_syntax_is_read_with_the_tokenizer(model, tmp_path, capsys):
+    tokenizer = Tokenizer(model)
+    for name, form in (("json", '{{"text": "the cat sat on {}"}}\n'), ("text", "the cat sat on {}")):
+        samples = tokenizer.encode([form.format("the mat, " * number) for number in range(1, 30)])
+        write(tmp_path / name / "en" / "a.bin", [[1, *sample, 2] for sample in samples])
+        (tmp_path / name / "en" / "a.bin.json").unlink()
+        found = check(capsys, tmp_path / name, "--tokenizer", model)[1]
+        assert [one["kind"] for one in found] == ["json-syntax"] * (name == "json")
+
+
+def test_another_tokenizer_is_told_by_its_hash(model, tmp_path, capsys):
+    place = Place(sound_set(tmp_path / "set"))
+    code, found = check(capsys, place.path, "--tokenizer", model, "--vocab-size", VOCAB_SIZE)
+    assert (code, [one["kind"] for one in found]) == (1, ["other-tokenizer"])
+    assert {one["kind"] for one in check(capsys, place.path, "--tokenizer", model)[1]} > {"id-range"}
+
+
+def test_validation_folders_may_have_any_name(tmp_path, capsys):
+    write(tmp_path / "checks" / "a.bin", [list(range(1, 60))])
+    words = ["--config", CONFIG, "--set", f"data.valid_folder={tmp_path / 'checks'}", "--set", "data.train_folder=None"]
+    assert check(capsys, *words) == (0, [])
+    assert [one["kind"] for one in check(capsys, tmp_path / "checks")[1]] == ["no-type-folder"]

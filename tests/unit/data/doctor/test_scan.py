@@ -85,10 +85,10 @@ def test_files_come_in_order_and_one_that_is_missing_does_not_stop_the_others(tm
     for name, count in (("a.bin", 1), ("c.bin", 3)):
         (tmp_path / name).write_bytes(b'{"tokens": [1]}\n' * count)
     paths = [str(tmp_path / name) for name in ("a.bin", "b.bin", "c.bin")]
-    done: list[int] = []
+    done: list[Lines] = []
     first, second, third = scan_bins(paths, workers=2, done=done.append)
     assert isinstance(second, FileNotFoundError)
-    assert (len(first), len(third), sum(done)) == (1, 3, 64)
+    assert (len(first), len(third), sum(block.size for block in done)) == (1, 3, 64)
 
 
 @pytest.mark.parametrize("measure", [measure_plainly, measure_compiled])

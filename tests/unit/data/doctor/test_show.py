@@ -149,3 +149,8 @@ def test_what_has_no_text_is_made_visible(model):
     assert decoder.text(cat) == "é猫⟨00⟩\t"
     assert decoder.text(cat[:1]) == "⟨C3⟩" and decoder.text([-i for i in cat[:2]]) == "é"
     assert "".join(decoder.pieces(tokenizer.encode(["the cat"])[0])) == "the cat"
+
+
+def test_a_run_that_is_none_is_wrong_usage(tmp_path, capsys):
+    assert main(["data", "show", "--run", str(tmp_path), "--step", "0"]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
