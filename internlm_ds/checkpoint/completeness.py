@@ -7,7 +7,7 @@ business. Each function returns problems as lines, so that all of them are shown
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 
 from internlm_ds.arch.spec import ModelArch
@@ -75,7 +75,12 @@ def _check_cover(kind: str, name: str, fragments: list[StoredFragment], *, numel
     return [] if covered == numel else [f"{kind} of {name}: {covered} elements of {numel} were written"]
 
 
-def check_visible(folder: Path, files: Iterable[str]) -> list[str]:
-    """Rank 0 sees what the others wrote: not so if the folder is not shared between machines."""
-    missing = [name for name in files if not (folder / name).exists()]
+def check_visible(folder: Path, sizes: Mapping[str, int], arrived: Mapping[str, int]) -> list[str]:
+    """Rank 0 sees what the others wrote: not so if the folder is not shared between machines.
+
+    Args:
+        sizes: Bytes that each file was written with.
+        arrived: Bytes of what rank 0 sees.
+    """
+    missing = [name for name, size in sizes.items() if arrived.get(name) != size]
     return [f"{name}: rank 0 does not see it; is {folder.parent} shared by all machines?" for name in missing]

@@ -37,7 +37,7 @@ class FolderLock:
     def __init__(self, folder: Path, *, clock: Callable[[], float] = time.time):
         self.path = folder / NAME
         folder.mkdir(parents=True, exist_ok=True)
-        self._owner = {"host": socket.gethostname(), "pid": os.getpid(), "process": _process_start(os.getpid())}
+        self._owner = {"host": socket.gethostname(), "pid": os.getpid(), "process": process_start(os.getpid())}
         self._take(clock())
         self._released = threading.Event()
         self._thread = threading.Thread(target=self._keep_alive, name="checkpoint-lock", daemon=True)
@@ -71,7 +71,7 @@ class FolderLock:
                 age_s = now - self.path.stat().st_mtime
             except FileNotFoundError:
                 return
-            if _is_alive(owner, own_host=self._owner["host"], age_s=age_s):
+            if is_alive(owner, own_host=self._owner["host"], age_s=age_s):
                 raise CheckpointError(
                     f"save folder {self.path.parent} is in use by another run: process {owner.get('pid', '?')} on "
                     f"{owner.get('host', '?')}, last seen {age_s:.0f} s ago. Give this run another "
@@ -107,13 +107,14 @@ def _read(path: Path) -> dict[str, Any]:
     return owner if isinstance(owner, dict) else {}
 
 
-def _is_alive(owner: dict[str, Any], *, own_host: str, age_s: float) -> bool:
+def is_alive(owner: dict[str, Any], *, own_host: str, age_s: float) -> bool:
+    """Whether the process that a lock names still runs, as far as `own_host` can see."""
     if owner.get("host") != own_host or not isinstance(owner.get("pid"), int):
         return age_s < DEAD_AFTER_S
-    return owner.get("process") == _process_start(owner["pid"])
+    return owner.get("process") == process_start(owner["pid"])
 
 
-def _process_start(pid: int) -> str | None:
+def process_start(pid: int) -> str | None:
     """A text that no other process of this machine ever has: boot and start time; None if there is no such process.
 
     Source: proc(5), field 22 of `/proc/PID/stat`.

@@ -14,10 +14,13 @@ from pathlib import Path
 from internlm_ds.checkpoint import address as addresses
 from internlm_ds.checkpoint.agree import Comm, Solo, on_first_rank
 from internlm_ds.checkpoint.lock import FolderLock
+from internlm_ds.checkpoint.place import INDEX, LocalPlace, Place, StorePlace
 from internlm_ds.checkpoint.policy import Decision, SavePolicy, decide
 from internlm_ds.checkpoint.search import detect, find_checkpoints
 from internlm_ds.checkpoint.start import PARTS, Start, content_parts, plan_start
 from internlm_ds.checkpoint.storage import base
+from internlm_ds.checkpoint.storage.s3_folder import S3Storage
+from internlm_ds.checkpoint.store_lock import StoreLock
 from internlm_ds.config.schema import CkptConfig
 
 __all__ = [
@@ -63,13 +66,16 @@ class CheckpointManager:
         self._policy = SavePolicy(ckpt.checkpoint_every, ckpt.oss_snapshot_freq, total_steps)
         self._stop_file = Path(ckpt.stop_file_path) if ckpt.stop_file_path else None
         self._last_saved = last_saved
-        self._lock: FolderLock | None = None
+        self._locks: list[FolderLock | StoreLock] = []
+        self._storages: dict[Path, base.Storage] = {}
         self._folder = self._snapshots = Path()
         self._slot = 0
         if self._enabled:
-            self._folder = _folder(ckpt.save_ckpt_folder)
+            self._folder = self._open_storage(ckpt.save_ckpt_folder, ckpt)
             self._snapshots = (
-                _folder(ckpt.snapshot_ckpt_folder) if ckpt.snapshot_ckpt_folder else self._folder / "snapshot"
+                self._open_storage(ckpt.snapshot_ckpt_folder, ckpt)
+                if ckpt.snapshot_ckpt_folder
+                else self._folder / "snapshot"
             )
         self._slot = on_first_rank(self._comm, self._open, doing="preparing to save checkpoints")
 
@@ -98,9 +104,13 @@ class CheckpointManager:
 
     def close(self) -> None:
         """Give the save folder free."""
-        if self._lock is not None:
-            self._lock.release()
-            self._lock = None
+        for lock in self._locks:
+            lock.release()
+        self._locks = []
+
+    def storage(self, folder: Path) -> base.Storage:
+        """Where a folder of `SaveTask` is written to."""
+        return next(held for root, held in self._storages.items() if folder.is_relative_to(root))
 
     def __enter__(self) -> CheckpointManager:
         return self
@@ -118,29 +128,37 @@ class CheckpointManager:
             self._stop_file.write_text("0", encoding="utf-8")
         if not self._enabled:
             return 0
-        self._lock = FolderLock(self._folder)
-        storage = base.of(addresses.parse(str(self._folder)))
+        self._locks = [FolderLock(self._folder)]
+        held = self.storage(self._folder)
+        if isinstance(held, S3Storage):
+            self._locks.append(StoreLock(held.store))
         for folder in {self._folder, self._snapshots}:
-            for done in storage.recover(folder) if folder.is_dir() else ():
+            for done in self.storage(folder).recover(folder):
                 log.warning("%s", done)
-        return _next_slot(self._snapshots)
+        return self._next_slot()
+
+    def _open_storage(self, text: str, ckpt: CkptConfig) -> Path:
+        """The local folder of an address, its storage noted."""
+        address, staging = addresses.parse(text), ckpt.async_upload_tmp_folder
+        folder = base.local_counterpart(address, staging=staging)
+        self._storages[folder] = base.of(address, staging=staging)
+        return folder
+
+    def _next_slot(self) -> int:
+        """0 for the first snapshot; later the slot that does not hold the newest one."""
+        storage = self.storage(self._snapshots)
+        if isinstance(storage, S3Storage):
+            place: Place = StorePlace(storage.store, storage.root)
+            root = storage.root / INDEX / self._snapshots.relative_to(storage.root)
+        else:
+            place, root = LocalPlace(self._snapshots), self._snapshots
+        held = [c for c in place.candidates() if c.path.parent == root and c.path.name in ("0", "1")]
+        return 1 - int(held[0].path.name) if held else 0
 
     def _stop_signal(self) -> int:
         if self._stop_file is None:
             return 0
         return self._comm.broadcast(_read_stop_file(self._stop_file) if self._comm.rank == 0 else 0)
-
-
-def _folder(text: str) -> Path:
-    address = addresses.parse(text)
-    base.of(address)
-    return address.local_path
-
-
-def _next_slot(snapshots: Path) -> int:
-    """0 for the first snapshot; later the slot that does not hold the newest one."""
-    held = [c for c in find_checkpoints(snapshots) if c.path.parent == snapshots and c.path.name in ("0", "1")]
-    return 1 - int(held[0].path.name) if held else 0
 
 
 def _read_stop_file(path: Path) -> int:

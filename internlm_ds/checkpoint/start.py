@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ import torch
 from internlm_ds.arch.spec import ModelArch
 from internlm_ds.checkpoint import address as addresses
 from internlm_ds.checkpoint import manifest as manifests
+from internlm_ds.checkpoint import place as places
 from internlm_ds.checkpoint.agree import Comm, Solo, collect, on_first_rank
 from internlm_ds.checkpoint.formats import hf, internlm, internlm_run, native
 from internlm_ds.checkpoint.search import Candidate, Format, detect, find_checkpoints
@@ -118,7 +119,9 @@ def plan_start(config: Config, *, comm: Comm | None = None, verify: bool = True,
     comm, ckpt, verify = comm or Solo(), config.ckpt, verify and not dry_run
     nothing = "nothing to resume: auto_resume is off"
     if ckpt.auto_resume:
-        if ckpt.enable_save_ckpt and ckpt.save_ckpt_folder:
+        if dry_run and ckpt.enable_save_ckpt and addresses.parse(ckpt.save_ckpt_folder or ".").backend == "boto3":
+            nothing = f"what {ckpt.save_ckpt_folder} holds is looked at when the run starts"
+        elif ckpt.enable_save_ckpt and ckpt.save_ckpt_folder:
             start = _resume(ckpt, comm=comm, verify=verify)
             if start is not None:
                 return start
@@ -128,7 +131,15 @@ def plan_start(config: Config, *, comm: Comm | None = None, verify: bool = True,
     asked = _asked(ckpt)
     if asked is None:
         return Start(None, None, frozenset(), f"model, optimizer, scheduler, sampler start anew ({nothing})")
-    start = on_first_rank(comm, lambda: _load(*asked, nothing=nothing, dry_run=dry_run), doing="looking for weights")
+    if dry_run and addresses.parse(asked[0]).backend == "boto3":
+        message = f"ckpt.{asked[3]} names {asked[0]}, which is looked at when the run starts"
+        return Start(None, None, asked[1], message, warnings=(message,))
+    staging = ckpt.async_upload_tmp_folder
+    start = on_first_rank(
+        comm, lambda: _load(*asked, nothing=nothing, dry_run=dry_run, staging=staging), doing="looking for weights"
+    )
+    if start.path is not None:
+        start = replace(start, path=_brought(asked[0], start.path, ckpt, comm=comm, verify=verify))
     if start.kind == "native" and verify:
         native.open(start.path, verify=True, comm=comm)
     if start.kind == "internlm" and verify:
@@ -142,10 +153,12 @@ def plan_start(config: Config, *, comm: Comm | None = None, verify: bool = True,
 
 def _resume(ckpt: CkptConfig, *, comm: Comm, verify: bool) -> Start | None:
     """The newest good checkpoint of this run, None if there is none at all."""
-    candidates = on_first_rank(comm, lambda: _own_checkpoints(ckpt), doing="looking for checkpoints")
+    found = on_first_rank(comm, lambda: _own_checkpoints(ckpt), doing="looking for checkpoints")
     damaged: list[str] = []
-    for candidate in candidates:
+    for text, candidate in found:
         try:
+            if not candidate.damage:
+                candidate = replace(candidate, path=_brought(text, candidate.path, ckpt, comm=comm, verify=verify))
             _check(candidate, comm=comm, verify=verify)
         except CheckpointDamagedError as error:
             damaged.append(str(error))
@@ -166,20 +179,24 @@ def _resume(ckpt: CkptConfig, *, comm: Comm, verify: bool) -> Start | None:
     return None
 
 
-def _own_checkpoints(ckpt: CkptConfig) -> list[Candidate]:
+def _own_checkpoints(ckpt: CkptConfig) -> list[tuple[str, Candidate]]:
+    """The address that holds it, and the checkpoint, the newest first."""
     folders = [folder for folder in (ckpt.save_ckpt_folder, ckpt.snapshot_ckpt_folder) if folder]
-    found: dict[Path, Candidate] = {}
+    found: dict[Path, tuple[str, Candidate]] = {}
     for text in folders:
-        folder = _local(text)
-        found |= {c.path.resolve(): c for c in find_checkpoints(folder)}
-    return sorted(found.values(), key=lambda c: (-c.step, c.is_snapshot, str(c.path)))
+        place = places.of(text, staging=ckpt.async_upload_tmp_folder)
+        found |= {c.path.resolve(): (text, c) for c in place.candidates()}
+    return sorted(found.values(), key=lambda item: (-item[1].step, item[1].is_snapshot, str(item[1].path)))
 
 
-def _local(text: str) -> Path:
-    """The folder that an address names; raises for storage that this version cannot use."""
-    address = addresses.parse(text)
-    base.of(address)
-    return address.local_path
+def _brought(text: str, path: Path, ckpt: CkptConfig, *, comm: Comm, verify: bool) -> Path:
+    """A checkpoint's folder on this host; without `verify` nothing is fetched and the names have to do."""
+    place = places.of(text, staging=ckpt.async_upload_tmp_folder)
+    if not verify:
+        return path
+    brought: list[Path] = []  # each rank's own: hosts need not agree where
+    collect(comm, lambda: brought.append(place.bring(path)), doing=f"fetching {path.name} from {text}")
+    return brought[0]
 
 
 def _check(candidate: Candidate, *, comm: Comm, verify: bool) -> None:
@@ -213,9 +230,19 @@ def _asked(ckpt: CkptConfig) -> tuple[str, frozenset[str], str, str] | None:
     return None
 
 
-def _load(text: str, parts: frozenset[str], ckpt_type: str, key: str, *, nothing: str, dry_run: bool) -> Start:
-    folder = _local(text)
-    if not folder.is_dir():
+def _load(
+    text: str,
+    parts: frozenset[str],
+    ckpt_type: str,
+    key: str,
+    *,
+    nothing: str,
+    dry_run: bool,
+    staging: str | None = None,
+) -> Start:
+    folder = places.of(text, staging=staging).folder()
+    if folder is None:
+        folder = base.local_counterpart(addresses.parse(text))
         message = f"ckpt.{key} names {text}, but {folder} {'is no folder' if folder.exists() else 'does not exist'}"
         if dry_run:
             return Start(folder, None, parts, f"{message}: a run would stop here", warnings=(message,))

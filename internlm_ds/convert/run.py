@@ -125,7 +125,9 @@ def convert(request: Request, *, progress: Callable[[str], None] = lambda line: 
 
 def _local(text: str) -> Path:
     address = addresses.parse(text)
-    base.of(address)
+    base.check(address)
+    if address.backend != "local":
+        raise CheckpointError(f"{text}: conversion reads and writes folders; fetch the checkpoint first")
     return address.local_path
 
 

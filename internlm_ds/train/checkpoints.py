@@ -91,7 +91,8 @@ class RunCheckpoints:
         if task.folder is None:
             return
         started, step = time.perf_counter(), state.step_count
-        write = partial(native.save, task.folder, **self._description(state))
+        storage = self.manager.storage(task.folder)
+        write = partial(native.save, task.folder, storage=storage, **self._description(state))
 
         def saved() -> None:
             if self.context.is_log_rank:
@@ -99,7 +100,7 @@ class RunCheckpoints:
                 logger.info("checkpoint of step %d saved to %s in %.2f s", step, task.folder, seconds)
             if self.comm.rank == 0 and task.folder.name == str(step):
                 keep = self.spec.config.internlm_ds.keep_checkpoints
-                for path in remove_older(task.folder.parent, newest=step, keep=keep):
+                for path in remove_older(task.folder.parent, newest=step, keep=keep, storage=storage):
                     logger.info("%s removed: the last %d are kept", path, keep)
 
         owned = {

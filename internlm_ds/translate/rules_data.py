@@ -19,14 +19,10 @@ from internlm_ds.translate.rules import (
 NOT_ACTIVE = "not active in this version"
 NO_SAVING = "ckpt.enable_save_ckpt is False: nothing is saved"
 ALERTS_OFF = "monitor.alert.enable_feishu_alert is False"
-REMOTE = {
-    "boto3:": "object storage is not built in this version; save to a local: folder and copy it",
-    "s3:": "object storage is not built in this version; save to a local: folder and copy it",
-    **dict.fromkeys(
-        ("volc:", "oss2:", "vc:", "ali:"),
-        "this backend is not supported; the S3 door of such a store is boto3:s3://BUCKET.ENDPOINT/PREFIX",
-    ),
-}
+REMOTE = dict.fromkeys(
+    ("volc:", "oss2:", "vc:", "ali:"),
+    "this backend is not supported; the S3 door of such a store is boto3:s3://BUCKET.ENDPOINT/PREFIX",
+)
 
 
 def remote_reason(address: object) -> str | None:
@@ -85,6 +81,12 @@ def _async_upload(leaf: Leaf, facts: Facts) -> Verdict:
     if not facts.saves:
         return no_effect(NO_SAVING)
     return native("the ranks' state is copied on the host and written by a thread while training goes on")
+
+
+def _staging(leaf: Leaf, facts: Facts) -> Verdict:
+    if facts.saves and str(facts.config.ckpt.save_ckpt_folder).startswith(("boto3:", "s3:")):
+        return native("where files are put together before they are sent to the store")
+    return no_effect("a save is written in a hidden folder beside its final place")
 
 
 def _snapshot_folder(leaf: Leaf, facts: Facts) -> Verdict:
@@ -179,7 +181,7 @@ RULES: dict[str, Rule] = {
     "ckpt.checkpoint_every": _saving("successful updates between checkpoints"),
     "ckpt.save_ckpt_folder": _save_folder,
     "ckpt.async_upload": _async_upload,
-    "ckpt.async_upload_tmp_folder": always(no_effect("a save is written in a hidden folder beside its final place")),
+    "ckpt.async_upload_tmp_folder": _staging,
     "ckpt.oss_snapshot_freq": _saving("successful updates between snapshots"),
     "ckpt.snapshot_ckpt_folder": _snapshot_folder,
     "ckpt.stop_file_path": neutral(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -143,18 +143,21 @@ def save(
     final, comm, storage = Path(folder), comm or Solo(), storage or LocalStorage()
     temporary = on_first_rank(comm, lambda: storage.make_temporary(final), doing=f"saving {final}")
     try:
-        reports = collect(
-            comm,
-            lambda: _write_rank(
+
+        def write_own() -> _RankReport:
+            temporary.mkdir(parents=True, exist_ok=True)  # a host of its own may not share rank 0's disk
+            report = _write_rank(
                 temporary,
                 rank=comm.rank,
                 weights=weights,
                 fragments=fragments,
                 rng_state=rng_state,
                 texts=_texts(train_state, config_text) if comm.rank == 0 else {},
-            ),
-            doing=f"saving {final}",
-        )
+            )
+            storage.deliver(temporary, final, sorted(report.files))
+            return report
+
+        reports = collect(comm, write_own, doing=f"saving {final}")
 
         def finish() -> None:
             number = train_state.get("step_count", step) if step is None else step
@@ -170,7 +173,7 @@ def save(
                 random_states=0,
                 files={},
             )
-            _finish(temporary, reports, head=head, arch=arch)
+            _finish(temporary, reports, head=head, arch=arch, arrived=lambda: storage.arrived(temporary, final))
             storage.publish(temporary, final)
 
         on_first_rank(comm, finish, doing=f"saving {final}")
@@ -286,6 +289,7 @@ def _finish(
     *,
     head: Manifest,
     arch: ModelArch | None,
+    arrived: Callable[[], Mapping[str, int]],
 ) -> None:
     """Rank 0's part: the checks over all ranks, the manifest."""
     files = {name: record for report in reports for name, record in report.files.items()}
@@ -294,7 +298,7 @@ def _finish(
     problems = [
         *check_parameters(parameters, arch=arch),
         *check_fragments(fragments, parameters),
-        *check_visible(folder, files),
+        *check_visible(folder, {name: record.size for name, record in files.items()}, arrived()),
     ]
     if problems:
         raise CheckpointError(

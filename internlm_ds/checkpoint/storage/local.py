@@ -14,8 +14,11 @@ import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from internlm_ds.checkpoint import manifest as manifests
+from internlm_ds.errors import CheckpointError
 
 TEMPORARY = ".tmp-"
 CONVERTING = ".converting-"  # not a run's: `recover` leaves it alone
@@ -48,6 +51,12 @@ class LocalStorage:
             self._held[folder] = _locked(folder)
         return folder
 
+    def deliver(self, temporary: Path, final: Path, names: Sequence[str]) -> None:
+        return None  # every rank writes into the folder that is published
+
+    def arrived(self, temporary: Path, final: Path) -> dict[str, int]:
+        return {path.name: path.stat().st_size for path in temporary.iterdir()}
+
     def publish(self, temporary: Path, final: Path) -> None:
         sync_folder(temporary)
         if not final.exists():
@@ -65,6 +74,9 @@ class LocalStorage:
     def remove(self, path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
         self._free(path)
+
+    def published(self, parent: Path) -> list[str]:
+        return sorted(path.name for path in parent.iterdir() if path.is_dir() and _is_good(path))
 
     def discard(self, final: Path) -> None:
         """Remove a published folder: gone from its place at once, so that no half of it is ever found there."""
@@ -111,6 +123,15 @@ def _locked(folder: Path) -> int | None:
         os.close(descriptor)
         return None
     return descriptor
+
+
+def _is_good(folder: Path) -> bool:
+    """Its manifest can be read, and is of the step that the folder is named after."""
+    try:
+        step = manifests.read(folder).step
+    except CheckpointError:
+        return False
+    return not folder.name.isdigit() or step == int(folder.name)
 
 
 def exchange(first: Path, second: Path) -> bool:

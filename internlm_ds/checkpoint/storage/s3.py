@@ -114,7 +114,7 @@ class S3Store:
                 found |= {item["Key"][len(prefix) :]: item["Size"] for item in page.get("Contents", ())}
             return found
 
-        found = self._try(listed, doing=f"listing {self._shown(folder)}")
+        found = self._try(listed, doing=f"listing {self.shown(folder)}")
         names = {name: size for name, size in found.items() if not name.endswith("/")}
         for name in names:
             self._check_name(name)
@@ -128,20 +128,25 @@ class S3Store:
         """
         names = sorted(path.relative_to(local).as_posix() for path in local.rglob("*") if path.is_file())
         assert last in names, f"{local} holds no {last}"
-        hashes = {name: file_hash(local / name) for name in names}
         present = self.files(folder)
-        if last in present and not self._holds(folder, last, hashes[last]):
+        if last in present and not self._holds(folder, last, file_hash(local / last)):
             self._remove(folder, [last])
+        first = self.send(local, folder, [name for name in names if name != last])
+        self._remove(folder, sorted(set(present) - set(names)))
+        second = self.send(local, folder, [last])
+        self.abort_leftovers(folder)
+        return Sent(first.sent + second.sent, first.kept + second.kept)
+
+    def send(self, local: Path, folder: str, names: Sequence[str]) -> Sent:
+        """Bring these files of `local` over; what is there with the same content is left alone."""
         sent, kept = [], []
-        for name in sorted(names, key=lambda name: (name == last, name)):
-            if name == last:
-                self._remove(folder, sorted(set(present) - set(names)))
-            if name in present and self._holds(folder, name, hashes[name]):
+        for name in names:
+            digest = file_hash(local / name)
+            if self._holds(folder, name, digest):
                 kept.append(name)
-                continue
-            self._send(local / name, folder, name, digest=hashes[name])
-            sent.append(name)
-        self._abort_leftovers(folder)
+            else:
+                self._send(local / name, folder, name, digest=digest)
+                sent.append(name)
         return Sent(tuple(sent), tuple(kept))
 
     def download(self, folder: str, local: Path, *, names: Sequence[str] | None = None) -> list[Path]:
@@ -156,7 +161,7 @@ class S3Store:
         wanted = sorted(present if names is None else names)
         missing = [name for name in wanted if name not in present]
         if missing:
-            raise CheckpointError(f"{self._shown(folder)} holds no {', '.join(missing)}")
+            raise CheckpointError(f"{self.shown(folder)} holds no {', '.join(missing)}")
         return [self._fetch(folder, name, local / name) for name in wanted]
 
     def read(self, folder: str, name: str, *, limit_bytes: int = 64_000_000) -> bytes | None:
@@ -176,14 +181,14 @@ class S3Store:
             size = int(answer["ContentLength"])
             if size > limit_bytes:
                 raise CheckpointError(
-                    f"{self._shown(folder, name)} has {size} bytes, {limit_bytes} at most are expected"
+                    f"{self.shown(folder, name)} has {size} bytes, {limit_bytes} at most are expected"
                 )
             body: bytes = answer["Body"].read()
             if len(body) != size:
                 raise ConnectionError(f"{len(body)} of {size} bytes arrived")
             return body
 
-        return self._try(content, doing=f"reading {self._shown(folder, name)}")
+        return self._try(content, doing=f"reading {self.shown(folder, name)}")
 
     def write(self, folder: str, name: str, content: bytes, *, only_new: bool = False) -> bool:
         """Put a small object there.
@@ -206,7 +211,7 @@ class S3Store:
                 raise
             return True
 
-        return self._try(put, doing=f"writing {self._shown(folder, name)}")
+        return self._try(put, doing=f"writing {self.shown(folder, name)}")
 
     def remove(self, folder: str, *, last: str = MANIFEST) -> None:
         """Remove a folder: `last` first, so that nobody takes what is left for a checkpoint."""
@@ -214,7 +219,7 @@ class S3Store:
         if last in present:
             self._remove(folder, [last])
         self._remove(folder, sorted(set(present) - {last}))
-        self._abort_leftovers(folder)
+        self.abort_leftovers(folder)
 
     def remove_file(self, folder: str, name: str) -> None:
         """Remove one object; nothing happens if it is not there."""
@@ -241,7 +246,7 @@ class S3Store:
                 if not self._holds(folder, name, digest):
                     raise  # else only the answer was lost
 
-        self._try(put, doing=f"sending {path} to {self._shown(folder, name)}")
+        self._try(put, doing=f"sending {path} to {self.shown(folder, name)}")
 
     def _fetch(self, folder: str, name: str, target: Path) -> Path:
         self._check_name(name)
@@ -254,12 +259,10 @@ class S3Store:
         try:
             self._try(
                 lambda: self._client.download_file(self._bucket, self._key(folder, name), str(temporary)),
-                doing=f"fetching {self._shown(folder, name)}",
+                doing=f"fetching {self.shown(folder, name)}",
             )
             if stored is not None and file_hash(temporary) != stored:
-                raise CheckpointDamagedError(
-                    f"{self._shown(folder, name)} is not what was sent there (SHA-256 differs)"
-                )
+                raise CheckpointDamagedError(f"{self.shown(folder, name)} is not what was sent there (SHA-256 differs)")
             os.replace(temporary, target)
         finally:
             temporary.unlink(missing_ok=True)
@@ -279,16 +282,16 @@ class S3Store:
                 raise
             return found
 
-        return self._try(head, doing=f"looking at {self._shown(folder, name)}")
+        return self._try(head, doing=f"looking at {self.shown(folder, name)}")
 
     def _remove(self, folder: str, names: Sequence[str]) -> None:
         for name in names:
             self._try(
                 lambda name=name: self._client.delete_object(Bucket=self._bucket, Key=self._key(folder, name)),  # type: ignore[misc]
-                doing=f"removing {self._shown(folder, name)}",
+                doing=f"removing {self.shown(folder, name)}",
             )
 
-    def _abort_leftovers(self, folder: str) -> None:
+    def abort_leftovers(self, folder: str) -> None:
         """Parts of uploads that never ended cost money and are seen by nobody."""
 
         def abort() -> None:
@@ -297,7 +300,7 @@ class S3Store:
                 self._client.abort_multipart_upload(Bucket=self._bucket, Key=upload["Key"], UploadId=upload["UploadId"])
 
         try:
-            self._try(abort, doing=f"removing unfinished uploads below {self._shown(folder)}")
+            self._try(abort, doing=f"removing unfinished uploads below {self.shown(folder)}")
         except CheckpointError as error:  # not everybody may list them; the checkpoint is whole all the same
             log.warning("%s", error)
 
@@ -324,7 +327,7 @@ class S3Store:
         """Key of an object; without a name, what the keys of a folder's objects begin with."""
         return "/".join([*(part.strip("/") for part in (self._prefix, folder) if part.strip("/")), name])
 
-    def _shown(self, folder: str, name: str = "") -> str:
+    def shown(self, folder: str, name: str = "") -> str:
         return f"s3://{self._bucket}/{self._key(folder, name)}"
 
     def _check_name(self, name: str) -> None:

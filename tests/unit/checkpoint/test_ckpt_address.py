@@ -51,9 +51,9 @@ def test_bad_address_says_what_would_work(text, message):
         address.parse(text)
 
 
-def test_storage_that_this_version_lacks_says_so():
-    with pytest.raises(CheckpointError, match=r"boto3 storage is not built into this version.*local:/path"):
-        base.of(address.parse("s3://bucket/x"))
+def test_the_local_counterpart_of_a_store_is_its_own(tmp_path):
+    first, second = (base.local_counterpart(address.parse(f"s3://bucket/{key}"), staging=str(tmp_path)) for key in "ab")
+    assert first != second and first.parent == second.parent == tmp_path
 
 
 @pytest.mark.parametrize(

@@ -244,9 +244,14 @@ def test_older_keys(tmp_path, weights_folder, save):
 
 
 def test_storage_this_version_lacks_is_refused_before_anything(tmp_path):
-    for config in (Config("boto3:s3://bucket/run"), Config(None, load_ckpt_info=LoadInfo("s3://bucket/5"))):
-        with pytest.raises(CheckpointError, match="boto3 storage is not built into this version"):
+    for config in (Config("volc:vc://bucket.host/run"), Config(None, load_ckpt_info=LoadInfo("ali://bucket.host/5"))):
+        with pytest.raises(CheckpointError, match=r"is not supported; .* write boto3:s3://bucket"):
             plan_start(config)
+
+
+def test_a_dry_run_asks_no_store():
+    start = plan_start(Config(None, load_ckpt_info=LoadInfo("s3://bucket.127.0.0.1:9/5")), dry_run=True)
+    assert start.path is None and "is looked at when the run starts" in start.warnings[0]
 
 
 def test_content_names_parts_in_any_case():

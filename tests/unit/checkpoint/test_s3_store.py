@@ -5,52 +5,35 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import s3_server
 from fault_proxy import FAULTS, FaultProxy
 
 from internlm_ds.checkpoint import address as addresses
+from internlm_ds.checkpoint.place import StorePlace
 from internlm_ds.checkpoint.storage import s3
+from internlm_ds.checkpoint.storage.s3_folder import S3Storage
+from internlm_ds.checkpoint.store_lock import StoreLock
 from internlm_ds.errors import CheckpointDamagedError, CheckpointError
 
-pytest.importorskip("moto.server", reason="moto[server] is not installed")
-
-SERVER = """
-import sys
-from moto.server import ThreadedMotoServer
-server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-server.start()
-print("at", *server.get_host_and_port(), flush=True)
-sys.stdin.read()
-server.stop()
-"""
 QUICK = s3.Transfers(
     attempts=12, wait_s=0.0, timeout_s=20.0, multipart_bytes=6_000_000, part_bytes=5_300_000, threads=2
 )
 NUMBERS = itertools.count(1)
-KEYS = {"S3_ACCESS_KEY_ID": "testing", "S3_SECRET_ACCESS_KEY_ID": "testing"}
 
 
 @pytest.fixture(scope="module")
 def server():
-    """Host and port of an S3 server in a process of its own."""
-    with subprocess.Popen(
-        [sys.executable, "-c", SERVER],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as process:
-        said = next(line.split() for line in process.stdout if line.startswith("at "))
-        yield said[1], int(said[2])
-        process.stdin.close()
+    with s3_server.running() as address:
+        yield address
 
 
 def store_at(where: str, bucket: str, prefix: str = "runs/a", *, transfers: s3.Transfers = QUICK) -> s3.S3Store:
-    return s3.S3Store(addresses.parse(f"boto3:s3://{bucket}.{where}/{prefix}"), transfers=transfers, environ=KEYS)
+    return s3.S3Store(
+        addresses.parse(f"boto3:s3://{bucket}.{where}/{prefix}"), transfers=transfers, environ=s3_server.KEYS
+    )
 
 
 @pytest.fixture
@@ -177,7 +160,7 @@ def test_without_endpoint_and_region_nothing_says_where(monkeypatch, tmp_path):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
     with pytest.raises(CheckpointError, match="AWS_ENDPOINT_URL or AWS_DEFAULT_REGION"):
-        s3.S3Store(addresses.parse("boto3:s3://bucket/prefix"), environ=KEYS)
+        s3.S3Store(addresses.parse("boto3:s3://bucket/prefix"), environ=s3_server.KEYS)
 
 
 def test_credentials_of_older_runs_are_found():
@@ -249,3 +232,46 @@ def test_saves_through_faults(server, tmp_path, seed):
 def test_two_hundred_saves_through_faults(server, tmp_path):
     counts = published_through_faults(server, tmp_path, seed=3, saves=200)
     assert all(counts[fault] for fault in FAULTS)
+
+
+def test_one_run_at_a_time_writes_a_prefix(store):
+    first = StoreLock(store)
+    try:
+        with pytest.raises(CheckpointError, match=r"runs/a/ is in use by another run: process \d+"):
+            StoreLock(store)
+    finally:
+        first.release()
+    StoreLock(store).release()
+    assert store.read("", ".lock") is None
+
+
+@pytest.mark.parametrize("held", [b"{}", b"no json", b'{"host": "elsewhere", "pid": 1, "seen": 0}'])
+def test_the_lock_of_a_dead_run_is_taken_over(store, held):
+    store.write("", ".lock", held)
+    StoreLock(store, clock=lambda: 1e9).release()
+
+
+def test_what_a_killed_run_left_without_a_manifest_goes(store, tmp_path):
+    storage = S3Storage(store, tmp_path)
+    for name in ("7/weights-rank00000-00000.safetensors", "snapshot/1/optimizer-rank00001-00000.safetensors"):
+        folder, _, file = name.rpartition("/")
+        store.write(folder, file, b"half")
+    store.write("mine", "notes.txt", b"kept")
+    store.write("8", "weights-rank00000-00000.safetensors", b"whole")
+    store.write("8", s3.MANIFEST, b"{}")
+    (tmp_path / ".tmp-7-abcd").mkdir()
+    said = storage.recover(tmp_path)
+    assert len(said) == 3 and all("unfinished: removed" in line for line in said)
+    assert set(store.files()) == {"mine/notes.txt", "8/weights-rank00000-00000.safetensors", f"8/{s3.MANIFEST}"}
+
+
+def test_a_place_in_a_store_is_searched_by_names_and_brought_whole(store, tmp_path):
+    store.upload(checkpoint(tmp_path / "5", 5), "5")
+    place = StorePlace(store, tmp_path / "here")
+    assert place.folder() is not None
+    brought = place.bring(tmp_path / "here" / ".index" / "5")
+    assert contents(brought) == contents(tmp_path / "5")
+    (brought / "stale").write_text("of another checkpoint")
+    assert contents(place.bring(tmp_path / "here" / ".index" / "5")) == contents(tmp_path / "5")
+    with pytest.raises(CheckpointError, match="not there any more"):
+        place.bring(tmp_path / "here" / ".index" / "6")

@@ -139,5 +139,5 @@ def test_snapshots_may_lie_elsewhere(tmp_path):
 
 
 def test_storage_that_is_not_built_in(tmp_path):
-    with pytest.raises(CheckpointError, match="boto3 storage is not built into this version"):
-        CheckpointManager(CkptConfig(save_ckpt_folder="boto3:s3://b/x"), total_steps=1)
+    with pytest.raises(CheckpointError, match=r"volc is not supported; .* write boto3:s3://b/x"):
+        CheckpointManager(CkptConfig(save_ckpt_folder="volc:vc://b.host/x"), total_steps=1)
