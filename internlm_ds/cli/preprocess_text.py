@@ -8,6 +8,8 @@ from pathlib import Path
 
 from internlm_ds.cli.preprocess_common import FileErrors, add_overwrite, add_tokenizer_option, load_tokenizer, warn
 
+ENGINES = ("auto", "compiled", "arrays", "sentencepiece")
+
 
 def add_arguments(parser: argparse.ArgumentParser, task: str) -> None:
     parser.add_argument("inputs", nargs="+", metavar="IN", help="files or globs")
@@ -29,6 +31,39 @@ def add_text_options(parser: argparse.ArgumentParser) -> None:
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--append", action="store_true", help="add to an existing output")
     add_overwrite(existing)
+    add_scale_options(parser)
+
+
+def add_scale_options(parser: argparse.ArgumentParser) -> None:
+    """Options on how the work is done."""
+    about = "threads (default: one for each CPU, at most 16); the output does not depend on it"
+    parser.add_argument("--workers", type=int, metavar="N", help=about)
+    about = (
+        "write OUT-00000.bin, OUT-00001.bin, …; each is closed by the sample with which it reaches this size (K, M, G)"
+    )
+    parser.add_argument("--shard-size", type=size_in_bytes, metavar="BYTES", help=about)
+    about = "go on where a killed run of the same command stopped; nothing is done if its output is complete"
+    parser.add_argument("--resume", action="store_true", help=about)
+    about = "hold every sample against sentencepiece (slow)"
+    parser.add_argument("--verify", action="store_true", help=about)
+    about = "what tokenizes: auto (the default) takes the fastest that the model allows; all give the same"
+    parser.add_argument("--engine", choices=ENGINES, default="auto", help=about)
+
+
+def size_in_bytes(text: str) -> int:
+    """A number of bytes with K, M or G (1024 each) behind it.
+
+    >>> size_in_bytes("2G"), size_in_bytes("1.5k")
+    (2147483648, 1536)
+    """
+    factor = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}.get(text[-1:].upper(), 1)
+    try:
+        size = int(float(text if factor == 1 else text[:-1]) * factor)
+    except (ValueError, OverflowError):
+        size = 0
+    if size < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write bytes, or 500K, 64M, 2G")
+    return size
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,7 +80,7 @@ def run_text(args: argparse.Namespace, *, constant: str = "", folder: Path | Non
     Raises:
         InternlmDsError: What `guarded` prints.
     """
-    from internlm_ds.preprocess.pretrain import TextOptions, tokenize_texts
+    from internlm_ds.preprocess.pretrain import TextOptions, Work, tokenize_texts
 
     compat = args.compat == "reference"
     if compat and args.text_key is not None:
@@ -57,6 +92,13 @@ def run_text(args: argparse.Namespace, *, constant: str = "", folder: Path | Non
             args.output,
             tokenizer=load_tokenizer(args.tokenizer, constant=constant, folder=folder),
             options=options,
+            work=Work(
+                workers=args.workers,
+                shard_bytes=args.shard_size,
+                resume=args.resume,
+                verify=args.verify,
+                engine=args.engine,
+            ),
             append=args.append,
             overwrite=args.overwrite,
             warn=warn,

@@ -47,7 +47,7 @@ def read_documents(source: SourceFile, *, text_key: str | None = None) -> Iterat
                     yield Document(stripped, line)
             return
         for line, value in records(stream, kind=kind, path=source.path):
-            yield Document(_text_of(value, text_key, path=source.path, line=line), line)
+            yield Document(text_of(value, text_key, path=source.path, line=line), line)
 
 
 def read_reference_documents(source: SourceFile) -> Iterator[Document]:
@@ -74,14 +74,22 @@ def records(stream: IO[str], *, kind: str, path: str) -> Iterator[tuple[int, Any
         yield from list_elements(stream, path=path)
         return
     for line, text in numbered_lines(stream, path=path):
-        if not text.strip():
-            continue
-        try:
-            yield line, json.loads(text)
-        except (ValueError, RecursionError) as error:
-            what = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-            message = f"no JSON: {what}; a .jsonl input holds one record a line"
-            raise DataFormatError(message, path=path, line=line) from None
+        if text.strip():
+            yield line, record_of_line(text, path, line)
+
+
+def record_of_line(text: str, path: str, line: int) -> Any:
+    """The JSON value on a line.
+
+    Raises:
+        DataFormatError: There is none.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        what = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        message = f"no JSON: {what}; a .jsonl input holds one record a line"
+        raise DataFormatError(message, path=path, line=line) from None
 
 
 def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -107,7 +115,12 @@ def string_field(record: dict[str, Any], key: str, *, path: str, line: int) -> s
     return _checked_text(record[key], f'the field "{key}"', path=path, line=line)
 
 
-def _text_of(value: Any, text_key: str | None, *, path: str, line: int) -> str:
+def text_of(value: Any, text_key: str | None, *, path: str, line: int) -> str:
+    """The text of a record: the field `text_key` (None: `text`, then `content`) of an object, or the string it is.
+
+    Raises:
+        DataFormatError: It has none.
+    """
     if isinstance(value, str):
         return _checked_text(value, "the text", path=path, line=line)
     if not isinstance(value, dict):

@@ -17,7 +17,9 @@ from internlm_ds.errors import DataFormatError
 
 KINDS = ("txt", "json", "jsonl")
 _COMPRESSIONS = ("gz", "zst")
-_CHUNK_BYTES = 1 << 16
+_CHUNK_BYTES = 1 << 18
+# a decoder gets this much at once: a few bytes of a compressed file may stand for megabytes of text
+_FEED_BYTES = 1 << 11
 
 
 def expand_inputs(patterns: Sequence[str]) -> list[str]:
@@ -99,13 +101,32 @@ class SourceFile:
         Raises:
             DataFormatError: Here, if the file cannot be opened; while reading, if it is damaged.
         """
-        self._hash, self.bytes_read = hashlib.sha256(), 0
-        try:
-            file = open(self.path, "rb", buffering=0)  # noqa: SIM115 - closed with the text stream
-        except OSError as error:
-            raise DataFormatError(f"cannot be read: {error.strerror}", path=self.path) from None
+        file = self._opened()
         raw = _ChunkStream(self._chunks(file), file)
         return io.TextIOWrapper(io.BufferedReader(raw, _CHUNK_BYTES), encoding="utf-8", errors="surrogateescape")
+
+    def chunks(self) -> Iterator[bytes]:
+        """The bytes of the text from its beginning, in pieces of no particular size.
+
+        Raises:
+            DataFormatError: The file cannot be opened or is damaged.
+        """
+        with self._opened() as file:
+            yield from self._chunks(file)
+
+    def hash_whole(self) -> str:
+        """`sha256` of the file, read now."""
+        with self._opened() as file:
+            for _ in self._raw_chunks(file):
+                pass
+        return self.sha256
+
+    def _opened(self) -> IO[bytes]:
+        self._hash, self.bytes_read = hashlib.sha256(), 0
+        try:
+            return open(self.path, "rb", buffering=0)
+        except OSError as error:
+            raise DataFormatError(f"cannot be read: {error.strerror}", path=self.path) from None
 
     def _chunks(self, file: IO[bytes]) -> Iterator[bytes]:
         _, compression = split_name(self.path)
@@ -113,24 +134,31 @@ class SourceFile:
         return self._decompressed(chunks, compression) if compression else chunks
 
     def _raw_chunks(self, file: IO[bytes]) -> Iterator[bytes]:
-        while chunk := file.read(_CHUNK_BYTES):
+        while chunk := self._read(file):
             self._hash.update(chunk)
             self.bytes_read += len(chunk)
             yield chunk
 
+    def _read(self, file: IO[bytes]) -> bytes:
+        try:
+            return file.read(_CHUNK_BYTES)
+        except OSError as error:
+            message = f"cannot be read: {error.strerror}"
+            raise DataFormatError(message, path=self.path, offset_bytes=self.bytes_read) from None
+
     def _decompressed(self, chunks: Iterator[bytes], compression: str) -> Iterator[bytes]:
         """Text of all members or frames; a cut one is an error, never a short text."""
         decoder: Any = None
+        members = 0
         try:
-            for chunk in chunks:
-                rest = chunk
+            for rest in (chunk[i : i + _FEED_BYTES] for chunk in chunks for i in range(0, len(chunk), _FEED_BYTES)):
                 while rest:
                     if decoder is None:
                         # gzip allows zero bytes behind a member
-                        rest = rest.lstrip(b"\0") if compression == "gz" and self.bytes_read > len(rest) else rest
+                        rest = rest.lstrip(b"\0") if compression == "gz" and members else rest
                         if not rest:
                             break
-                        decoder = _decoder(compression)
+                        decoder, members = _decoder(compression), members + 1
                     yield decoder.decompress(rest)
                     rest = decoder.unused_data if decoder.eof else b""
                     decoder = None if decoder.eof else decoder
@@ -191,7 +219,11 @@ def check_utf8(text: str, *, path: str, line: int) -> None:
     except UnicodeEncodeError as error:
         line += text.count("\n", 0, error.start)
         found = ord(text[error.start]) - 0xDC00
-        raise DataFormatError(f"byte 0x{found:02x} is no UTF-8; save the file as UTF-8", path=path, line=line) from None
+        raise not_utf8(found, path=path, line=line) from None
+
+
+def not_utf8(byte: int, *, path: str, line: int) -> DataFormatError:
+    return DataFormatError(f"byte 0x{byte:02x} is no UTF-8; save the file as UTF-8", path=path, line=line)
 
 
 def _decoder(compression: str) -> Any:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from internlm_ds import __version__
+from internlm_ds.data.binformat import meta_path
 from internlm_ds.errors import DataFormatError
 from internlm_ds.preprocess.tokenizers import Tokenizer
 
@@ -107,3 +108,32 @@ def unrecorded(path: str | os.PathLike[str], *, samples: int, tokens: int) -> di
     source = {"path": os.fspath(path), "note": "already in the bin, origin not recorded", **counts}
     del source["bytes"], source["largest_id"]
     return {"sources": [source], "counts": counts}
+
+
+def made_otherwise(
+    paths: Sequence[Path], expected: Mapping[str, Any], inputs: Sequence[tuple[str, int]], *, shard_bytes: int | None
+) -> str | None:
+    """Why the bins are not what a run with the settings of `expected` over `inputs` makes; None if they are.
+
+    Args:
+        paths: All bins of the output, in order.
+        inputs: Path and size of each input.
+    """
+    sources: dict[str, int] = {}
+    for index, path in enumerate(paths):
+        record = read(path)
+        if record is None:
+            return f"{provenance_path(path)} is missing"
+        shard = None if shard_bytes is None else {"index": index, "count": len(paths), "bytes": shard_bytes}
+        keys = ("kind", "bos", "eos", "text_key", "compat")
+        wanted = {**{key: expected.get(key) for key in keys}, "tokenizer": expected["tokenizer"], "shard": shard}
+        for key, value in wanted.items():
+            if record.get(key) != value:
+                return f"{key} was {record.get(key)}, now {value}"
+        if record["counts"].get("bytes") != path.stat().st_size or not meta_path(path).is_file():
+            return "its size or its meta are not what was written"
+        sources |= {source["path"]: source.get("bytes", -1) for source in record["sources"]}
+    if sources != dict(inputs):
+        changed = sorted({name for name, _ in {*sources.items()} ^ {*inputs}})
+        return f"the inputs are not the same ({', '.join(changed[:4])})"
+    return None

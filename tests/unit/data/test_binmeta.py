@@ -53,7 +53,7 @@ def test_int32_meta_is_written_and_read(tmp_path):
 def test_int32_meta_stops_at_two_gib(tmp_path):
     message = r"a\.bin, line 1: an int32 meta cannot address .* 2 GiB"
     with pytest.raises(DataFormatError, match=message), Writer(tmp_path / "a.bin", meta_dtype="int32") as writer:
-        writer._size = 2**31
+        writer._file.num_bytes = 2**31
         writer.write([1])
     assert list(tmp_path.iterdir()) == []
 
