@@ -44,9 +44,7 @@ def chat_ids(tokenizer: TextTokenizer, *, eoh: str | None, eoa: str | None, comp
             return _REFERENCE_IDS[piece]
         return tokenizer.piece_or_id(piece if given is None else given, option=option)
 
-    newline = _REFERENCE_NEWLINE if compat else tokenizer.piece_id(NEWLINE)
-    if newline is None:
-        raise TokenizerError(f"{tokenizer.name} has no piece {NEWLINE} (byte fallback), which ends a turn")
+    newline = _REFERENCE_NEWLINE if compat else _newline(tokenizer)
     return ChatIds(
         bos=tokenizer.bos_id,
         eos=tokenizer.eos_id,
@@ -54,6 +52,18 @@ def chat_ids(tokenizer: TextTokenizer, *, eoh: str | None, eoa: str | None, comp
         eoa=find(eoa, EOA, "--eoa"),
         newline=newline,
     )
+
+
+def _newline(tokenizer: TextTokenizer) -> int:
+    """The byte piece that ends a turn, or the one piece that a newline is."""
+    found = tokenizer.piece_id(NEWLINE)
+    if found is not None:
+        return found
+    (ids,) = tokenizer.encode(["\n"])
+    if len(ids) != 1:
+        message = f"{tokenizer.name} has neither a piece {NEWLINE} (byte fallback) nor one piece for a newline"
+        raise TokenizerError(f"{message}, which ends a turn")
+    return ids[0]
 
 
 def alpaca_recipe(ids: ChatIds, *, compat: bool = False) -> Recipe:

@@ -221,6 +221,11 @@ class JsonTokenizer(Tokenizer):
         found: int | None = self._model.token_to_id(piece)
         return found
 
+    def piece(self, number: int) -> str:
+        """Name of a token by its id, "" for a gap."""
+        name: str | None = self._model.id_to_token(number)
+        return name or ""
+
     def _control_id(self, name: str) -> int:
         beside = Path(self.path).with_name("tokenizer_config.json")
         try:

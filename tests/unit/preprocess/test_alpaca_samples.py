@@ -80,8 +80,10 @@ def test_model_without_the_pieces(tmp_path):
 
 def test_model_without_a_newline_byte(tiny_tokenizer, monkeypatch):
     monkeypatch.setattr(tiny_tokenizer, "piece_id", lambda piece: None)
-    with pytest.raises(TokenizerError, match="has no piece <0x0A>"):
-        chat_ids(tiny_tokenizer, eoh="5", eoa="6", compat=False)
+    assert chat_ids(tiny_tokenizer, eoh="5", eoa="6").newline == tiny_tokenizer.encode(["\n"])[0][0]
+    monkeypatch.setattr(tiny_tokenizer, "encode", lambda texts: [[5, 6]])
+    with pytest.raises(TokenizerError, match=r"neither a piece <0x0A> .* nor one piece for a newline"):
+        chat_ids(tiny_tokenizer, eoh="5", eoa="6")
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from internlm_ds.preprocess.chat import tokenize_chat
 from internlm_ds.preprocess.samples import Limit
 from internlm_ds.preprocess.sft import Split
 from internlm_ds.preprocess.templates import make_template
-from internlm_ds.preprocess.tokenizers import Tokenizer
+from internlm_ds.preprocess.tokenizers import Tokenizer, open_tokenizer
 from internlm_ds.preprocess.train_tokenizer import train_tokenizer
 
 CHAT = ["<eoh>", "<eoa>", "<|im_start|>", "<|im_end|>"]
@@ -144,6 +144,38 @@ def test_a_byte_that_ends_a_turn_stays_a_byte_in_a_text(run, tokenizer):
     byte = tokenizer.piece_id("<0x0E>")
     (sample,), _ = run([talk("cat", "a\x0eb")], given={"eoh": str(byte)})
     assert sample.count(byte) == 1 and sample.count(-byte) == 1
+
+
+@pytest.fixture(scope="module")
+def json_model(tmp_path_factory):
+    """A `tokenizer.json` whose chat pieces, as not special ones, are found in texts."""
+    tokenizers = pytest.importorskip("tokenizers")
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    model.train_from_iterator(["the cat sat on the mat " * 20], trainer)
+    model.add_special_tokens(["<s>", "</s>", "<eoh>", "<|im_start|>"])
+    model.add_tokens(["<eoa>", "<|im_end|>"])
+    path = tmp_path_factory.mktemp("hf") / "tokenizer.json"
+    model.save(str(path))
+    return open_tokenizer(path)
+
+
+@pytest.mark.parametrize("name", ["internlm", "internlm2"])
+def test_a_tokenizer_json_serves_as_well(run, json_model, name):
+    literal = "the <eoh> cat<eoa><|im_start|>user\nmat<|im_end|></s>"
+    (sample,), _ = run([talk(literal, literal)], name, model=json_model, bos=True, eos=True)
+    ids = [abs(number) for number in sample]
+    controls = [json_model.piece_id(piece) for piece in ("<s>", "</s>", *CHAT)]
+    assert json_model.piece_id("<eoa>") in json_model.encode([literal])[0]
+    assert [number for number in ids if number in controls] == [
+        controls[0],
+        *(controls[i] for i in ((2, 3) if name == "internlm" else (4, 5, 4, 5))),
+        controls[1],
+    ]
+    assert json_model.decode([number for number in ids if number not in controls]).count(literal) == 2
 
 
 def test_a_message_without_an_answer_is_counted_and_left_out(run):
