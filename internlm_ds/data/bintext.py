@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import mmap
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -43,28 +45,74 @@ class FileState:
         return cls(found.st_size, found.st_mtime_ns)
 
 
-@dataclass(frozen=True)
-class Mapped:
-    """A file mapped into memory: its bytes, and the same as a uint8 array `(size,)`."""
+class OpenFile:
+    """A file to read from at any place, by any thread; mapped into memory when the kernel asks for it.
 
-    bytes: mmap.mmap
-    array: npt.NDArray[np.uint8]
+    Single lines are read, not taken from the mapping: a page touched there may bring two megabytes into the resident
+    memory of the process, and a few looks at a large file would fill it.
+
+    Raises:
+        OSError: There is no such file.
+    """
+
+    def __init__(self, path: str):
+        self._handle = os.open(path, os.O_RDONLY)
+        self._mapping: mmap.mmap | None = None
+
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # `os` may be gone when a process ends
+        if hasattr(self, "_handle"):
+            close(self._handle)
+
+    def line(self, offset: int, *, guess: int, before: int = 0) -> bytes:
+        """The text from `offset` to its newline, which is included, or to the end.
+
+        Args:
+            guess: Bytes that are likely enough.
+            before: So many bytes in front of `offset` come with it.
+        """
+        found = b""
+        while more := os.pread(self._handle, guess + before, offset - before + len(found)):
+            found += more
+            if (end := found.find(b"\n", max(before, len(found) - len(more)))) >= 0:
+                return found[: end + 1]
+        return found
+
+    def count_lines(self, stop: int, *, block: int = 1 << 20) -> int:
+        """Newlines before byte `stop`."""
+        starts = range(0, stop, block)
+        return sum(os.pread(self._handle, min(block, stop - at), at).count(b"\n") for at in starts)
+
+    @cached_property
+    def array(self) -> npt.NDArray[np.uint8]:
+        """The whole file mapped, uint8 `(size,)`."""
+        if not os.fstat(self._handle).st_size:
+            return np.zeros(0, dtype=np.uint8)  # an empty file cannot be mapped
+        self._mapping = mmap.mmap(self._handle, 0, access=mmap.ACCESS_READ)
+        return np.frombuffer(self._mapping, dtype=np.uint8)
+
+    def forget(self) -> None:
+        """Let go of the mapped pages: they would count as this process's memory until the end."""
+        if self._mapping is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._mapping.madvise(mmap.MADV_DONTNEED)
 
 
-class Mappings:
-    """Files mapped into memory, the oldest given up when there are too many (a mapping holds a file handle).
+class OpenFiles:
+    """Files by path, the oldest given up when there are too many.
 
-    Needs no lock: a file mapped twice by two threads does no harm. A copy in another process starts empty.
+    Needs no lock: a file opened twice by two threads does no harm. A copy in another process starts empty.
     """
 
     def __init__(self, limit: int = 256):
         self.limit = limit
-        self._open: dict[str, Mapped] = {}
+        self._open: dict[str, OpenFile] = {}
 
-    def get(self, path: str) -> Mapped:
+    def get(self, path: str) -> OpenFile:
         found = self._open.get(path)
         if found is None:
-            found = _map(path)
+            try:
+                found = OpenFile(path)
+            except OSError as error:
+                raise _gone(path, error) from None
             while len(self._open) >= self.limit:
                 # not closed here: another thread may be reading it; it closes with its last user
                 self._open.pop(next(iter(self._open)), None)
@@ -75,22 +123,13 @@ class Mappings:
         return {"limit": self.limit, "_open": {}}
 
 
-def _map(path: str) -> Mapped:
-    try:
-        with open(path, "rb") as file:
-            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped
-        raise _gone(path, error) from None
-    return Mapped(mapping, np.frombuffer(mapping, dtype=np.uint8))
-
-
 class BinText:
     """Rows of one bin file.
 
     Args:
         path: The bin.
         vocab_size: Ids must be below it; None leaves them unchecked.
-        mappings: Shared by the files of a data set.
+        files: Shared by the bins of a data set.
         state: The file as it was when its meta was looked at; None leaves changes to be found by what they break.
     """
 
@@ -99,11 +138,11 @@ class BinText:
         path: str,
         *,
         vocab_size: int | None = None,
-        mappings: Mappings | None = None,
+        files: OpenFiles | None = None,
         state: FileState | None = None,
     ):
         self.path, self.vocab_size, self.state = path, vocab_size, state
-        self.mappings = mappings or Mappings()
+        self.files = files or OpenFiles()
 
     def read(self, offset: int, length: int) -> IntArray:
         """Tokens of one row, int64 `(length,)`, signed as on disk.
@@ -112,7 +151,7 @@ class BinText:
             DataFormatError: The line is damaged, is not the one the meta describes, or has an id beyond the vocabulary;
                 or the file has changed.
         """
-        text = self._line_at(offset)
+        text = self._line_at(offset, length)
         tokens = parse_line(text, length)
         if tokens is None:
             tokens = decode_line(text, path=self.path, line=self.line_number(offset), offset_bytes=offset)
@@ -127,7 +166,7 @@ class BinText:
         kernel = kernels.loaded()
         if kernel is not None:
             tokens = np.empty(int(lengths.sum()), dtype=np.int64)
-            text = self._checked().array
+            text = self._checked().array  # looked at before its pages are touched
             if kernel.parse_rows(text, offsets, lengths, self.vocab_size or 0, tokens) == len(offsets):
                 return tokens
         # an unusual line, which is read as JSON, or one with a fault, which is named
@@ -136,16 +175,14 @@ class BinText:
 
     def line_number(self, offset: int) -> int:
         """1-based line of a byte of the bin, counted from its start: for messages and reports only."""
-        mapping, block = self._checked().bytes, 1 << 20
-        return 1 + sum(mapping[at : min(at + block, offset)].count(b"\n") for at in range(0, offset, block))
+        return 1 + self.files.get(self.path).count_lines(offset)
 
     def end_of_line(self, offset: int) -> int:
         """Where the line that begins at `offset` ends, its newline included."""
-        mapping = self.mappings.get(self.path).bytes
-        return (mapping.find(b"\n", offset) + 1) or len(mapping)
+        return offset + len(self.files.get(self.path).line(offset, guess=1 << 16))
 
-    def _checked(self) -> Mapped:
-        """The mapped file, if it is still as it was.
+    def _checked(self) -> OpenFile:
+        """The file, if it is still as it was.
 
         Between this look and the last page touched a file can still shrink; it is a look, not a lock.
         """
@@ -156,13 +193,14 @@ class BinText:
                 raise _gone(self.path, error) from None
             if found != self.state:
                 raise self._changed(found)
-        return self.mappings.get(self.path)
+        return self.files.get(self.path)
 
-    def _line_at(self, offset: int) -> bytes:
-        mapping = self._checked().bytes
-        if offset and mapping[offset - 1 : offset] != b"\n":
+    def _line_at(self, offset: int, length: int) -> bytes:
+        before = 1 if offset else 0
+        text = self._checked().line(offset, guess=64 + 10 * length, before=before)
+        if before and text[:1] != b"\n":
             raise self._misfit(offset, "no line starts here")
-        return mapping[offset : self.end_of_line(offset)]
+        return text[before:]
 
     def _changed(self, found: FileState) -> DataFormatError:
         assert self.state is not None

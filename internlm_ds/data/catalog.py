@@ -13,9 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from internlm_ds.data.bintext import BinText, Mappings
+from internlm_ds.data.bintext import BinText, OpenFiles
 from internlm_ds.data.metarows import MetaRows
 from internlm_ds.data.samples import KeptSamples
 from internlm_ds.errors import DataFormatError
@@ -122,7 +120,7 @@ def open_kept(
     min_length: int = 0,
     type_id: int = 0,
     vocab_size: int | None = None,
-    mappings: Mappings | None = None,
+    files: OpenFiles | None = None,
     samples_to_check: int = MOST_PER_FILE,
 ) -> KeptSamples:
     """Open a bin, check that it fits its meta and the vocabulary, keep the samples that are long enough.
@@ -133,7 +131,7 @@ def open_kept(
         DataFormatError: Bin or meta is missing, damaged, or they do not fit each other or the vocabulary.
     """
     rows = MetaRows(path, min_length=min_length)
-    text = BinText(path, vocab_size=vocab_size, mappings=mappings, state=rows.state)
+    text = BinText(path, vocab_size=vocab_size, files=files, state=rows.state)
     samples = KeptSamples(text, rows, type_id=type_id)
     if vocab_size is not None:
         check_vocabulary(samples, vocab_size=vocab_size, count=samples_to_check)
@@ -146,7 +144,7 @@ def open_files(catalog: Catalog, *, vocab_size: int | None, log: bool = True) ->
     Args:
         log: Say what was dropped (one rank does).
     """
-    mappings = Mappings()
+    opened = OpenFiles()
     count = min(MOST_PER_FILE, max(FEWEST_PER_FILE, SAMPLES_TO_CHECK // len(catalog.files)))
     for file in catalog.files:
         kept = open_kept(
@@ -154,7 +152,7 @@ def open_files(catalog: Catalog, *, vocab_size: int | None, log: bool = True) ->
             min_length=file.min_length,
             type_id=file.type_id,
             vocab_size=vocab_size,
-            mappings=mappings,
+            files=opened,
             samples_to_check=count,
         )
         if log:
@@ -181,10 +179,8 @@ def check_vocabulary(samples: KeptSamples, *, vocab_size: int, count: int) -> No
     Raises:
         DataFormatError: An id does not fit, or cannot be known to.
     """
-    # any samples will do: of a large file take them in the order that is known, and leave its meta unread
-    probe = samples.packed() if samples.rows.is_cached else samples
-    for index in np.unique(np.linspace(0, len(probe) - 1, num=min(count, len(probe)), dtype=np.int64)):
-        probe.read(int(index))
+    for offset, length in samples.rows.some(count):
+        samples.text.read(offset, length)
     largest_id, tokenizer_size = noted_ids(samples.path)
     if largest_id is not None and largest_id >= vocab_size:
         for index in range(len(samples)):  # find the line to name; the sample may be one that was dropped

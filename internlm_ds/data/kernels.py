@@ -44,7 +44,9 @@ def load_in_background() -> None:
     """Start loading in a thread; returns at once, does nothing if that was done before."""
     global _thread
     if _module is None and _thread is None and not _unusable:
-        _thread = threading.Thread(target=load, name="internlm-ds-kernels", daemon=True)
+        # no daemon: a process that ends waits for it, seconds at worst. One that ended in the middle of an import would
+        # leave a lock behind, on which the interpreter may wait for ever.
+        _thread = threading.Thread(target=load, name="internlm-ds-kernels")
         _thread.start()
 
 

@@ -108,6 +108,16 @@ class MetaRows:
         """The order of packing lies on disk: it costs nothing to ask for."""
         return self._cached is not None
 
+    def some(self, count: int) -> list[tuple[int, int]]:
+        """(offset, length) of at most `count` rows kept, spread over the file; nothing is read for it."""
+        if self._cached is not None:
+            arrays = self._cached.arrays
+            ends, at = arrays["ends"], _spread(self.counts.kept_samples, count)
+            return [(int(arrays["offsets"][i]), int(ends[i] - (ends[i - 1] if i else 0))) for i in at]
+        table = self._table or _Table.read(self.path, size=self.state.size)
+        rows = self._kept(table)
+        return [(int(table.offsets[row]), int(table.lengths[row])) for row in rows[_spread(len(rows), count)]]
+
     @cached_property
     def in_file_order(self) -> Order:
         """The rows kept as they follow one another in the meta."""
@@ -270,6 +280,11 @@ def _digest(path: str) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _spread(total: int, count: int) -> list[int]:
+    """At most `count` numbers below `total`, the first and the last among them."""
+    return sorted({int(each) for each in np.linspace(0, total - 1, num=min(count, total))})
 
 
 def _pieces(rows: npt.NDArray[Any]) -> Iterator[npt.NDArray[Any]]:

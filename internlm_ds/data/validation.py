@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from internlm_ds.data.binmeta import IntArray
-from internlm_ds.data.bintext import Mappings
+from internlm_ds.data.bintext import OpenFiles
 from internlm_ds.data.catalog import open_kept, report_dropped, walk_bins
 from internlm_ds.data.collate import MicroBatchArrays, fixed_borders, jsonl_collate
 from internlm_ds.data.sampler import DataParallelSampler
@@ -113,11 +113,11 @@ def find_sets(folder: str, *, vocab_size: int | None, log: bool = True) -> dict[
         DataFormatError: The folder does not exist or holds no bin; a file is damaged.
     """
     sets: dict[str, ValidationSet] = {}
-    mappings = Mappings()
+    opened = OpenFiles()
     for root, names in walk_bins(folder, key="data.valid_folder"):
         parts = []
         for path in (os.path.join(root, name) for name in names):
-            kept = open_kept(path, min_length=VALIDATION_MIN_LENGTH, vocab_size=vocab_size, mappings=mappings)
+            kept = open_kept(path, min_length=VALIDATION_MIN_LENGTH, vocab_size=vocab_size, files=opened)
             if log:
                 report_dropped(kept, name=os.path.relpath(path, folder), min_length=VALIDATION_MIN_LENGTH)
             parts.append(kept)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import json
-import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,7 +40,7 @@ def read_internlm(path: str) -> Source:
         for first, last in spans(reader.lengths):
             raw = text.read_rows(reader.offsets[first:last], reader.lengths[first:last])
             tokens, learned = split_signed_tokens(raw)
-            _forget(text)
+            text.files.get(text.path).forget()
             yield Block(tokens, learned if masked() else None, reader.lengths[first:last])
 
     note = _note(path, samples=len(reader), tokens=reader.num_tokens)
@@ -90,12 +89,6 @@ def _note(path: str, *, samples: int, tokens: int) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return note if fits(note, samples, tokens) else None
-
-
-def _forget(text: BinText) -> None:
-    """Let go of the pages that were read: they would count as this process's memory until the end."""
-    if os.path.getsize(text.path) and hasattr(mmap, "MADV_DONTNEED"):
-        text.mappings.get(text.path).bytes.madvise(mmap.MADV_DONTNEED)
 
 
 def _has_minus(path: str) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from internlm_ds.data import binmeta, catalog
-from internlm_ds.data.bintext import BinText, Mappings, parse_line
+from internlm_ds.data.bintext import BinText, OpenFiles, parse_line
 from internlm_ds.data.metarows import Order
 from internlm_ds.data.samples import FileSamples
 from internlm_ds.errors import DataFormatError
@@ -153,9 +153,8 @@ def test_bin_gone_while_training(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(DataFormatError, match=r"x\.bin: the file was there at the start and cannot be read any more"):
         kept.read(0)
-    path.write_bytes(b"")
     with pytest.raises(DataFormatError, match=r"x\.bin: .* cannot be read any more .*put it back and resume"):
-        FileSamples(BinText(str(path)), Order(np.arange(1), np.array([0]), np.array([1]))).read(0)
+        BinText(str(path)).read_rows(np.array([0]), np.array([1]))
 
 
 def test_ids_beyond_the_vocabulary_are_found_before_training(tmp_path: Path) -> None:
@@ -196,12 +195,12 @@ def test_the_largest_id_noted_leads_to_its_line(tmp_path: Path) -> None:
 
 
 def test_many_files_need_few_handles(tmp_path: Path) -> None:
-    mappings = Mappings(limit=2)
+    opened = OpenFiles(limit=2)
     paths = [str(write_bin(tmp_path / f"{number}.bin", [[number]])) for number in range(5)]
-    texts = [BinText(path, mappings=mappings) for path in paths]
+    texts = [BinText(path, files=opened) for path in paths]
     files = [FileSamples(text, Order(np.arange(1), np.array([0]), np.array([1]))) for text in texts]
     assert [file.read(0).tolist() for file in files * 2] == [[n] for n in range(5)] * 2
-    assert len(mappings._open) == 2
+    assert len(opened._open) == 2
 
 
 @pytest.mark.parametrize(

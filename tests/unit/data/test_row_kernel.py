@@ -137,3 +137,9 @@ def test_without_numba_rows_are_parsed_with_numpy(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("rows are parsed with numpy") == 1
+
+
+def test_a_process_may_end_while_the_kernels_are_being_loaded() -> None:
+    code = "from internlm_ds.data import kernels; kernels.load_in_background(); kernels.load_in_background()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert (done.returncode, done.stderr) == (0, "")
