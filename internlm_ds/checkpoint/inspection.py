@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from internlm_ds.checkpoint import header
 from internlm_ds.checkpoint import manifest as manifests
 from internlm_ds.checkpoint.names import MODEL_FILE
 from internlm_ds.checkpoint.search import Format, detect, find_checkpoints
@@ -169,12 +170,12 @@ def _internlm(folder: Path, verify: bool) -> Inspection:
 
 def _hf(folder: Path, verify: bool) -> Inspection:
     problems: list[str] = []
-    entries: dict[str, tuple[str, tuple[int, ...]]] = {}
+    entries: dict[str, header.Entry] = {}
     for path in sorted(folder.glob("*.safetensors")):
         try:
-            entries |= dict(_header(path))
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            problems.append(f"{path.name}: {error}")
+            entries |= header.read(path)
+        except CheckpointError as error:
+            problems.append(str(error))
     pickles = sorted(folder.glob("pytorch_model*.bin"))
     if verify and pickles:
         from internlm_ds.checkpoint import unpickle
@@ -189,32 +190,12 @@ def _hf(folder: Path, verify: bool) -> Inspection:
         "hf",
         verify,
         family=_family(entries),
-        dtypes={DTYPES.get(code, code) for code, _ in entries.values()},
+        dtypes={DTYPES.get(entry.dtype, entry.dtype) for entry in entries.values()},
         num_parameters=len(entries),
-        num_elements=sum(math.prod(shape) for _, shape in entries.values()),
+        num_elements=sum(math.prod(entry.shape) for entry in entries.values()),
         weights=_size([*folder.glob("*.safetensors"), *pickles]),
         problems=problems,
     )
-
-
-def _header(path: Path) -> Iterator[tuple[str, tuple[str, tuple[int, ...]]]]:
-    """`name, (dtype, shape)` of a safetensors file whose size is what its header says.
-
-    Raises:
-        ValueError, KeyError, TypeError: It is none.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 + length:
-            raise ValueError(f"{size} bytes, its header alone has {length}")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if size != 8 + length + end:
-        raise ValueError(f"{size} bytes, its header says {8 + length + end}")
-    for name, entry in header.items():
-        yield name, (entry["dtype"], tuple(entry["shape"]))
 
 
 def _missing(folder: Path, entries: Iterable[str]) -> Iterator[str]:

@@ -18,6 +18,7 @@ from typing import Any
 
 from internlm_ds.checkpoint import diskfile
 from internlm_ds.checkpoint.diskfile import FileRecord
+from internlm_ds.checkpoint.names import is_plain
 from internlm_ds.errors import CheckpointDamagedError, CheckpointError
 from internlm_ds.layout.shards import Shard
 
@@ -161,13 +162,29 @@ def parse(data: bytes, *, path: Path) -> Manifest:
         raise CheckpointDamagedError(
             f"{path} is damaged: its checksum is {found[:12]!r}…, its text gives {computed[:12]!r}… ({len(data)} bytes)"
         )
+    try:
+        return _from_text(text, path=path)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        # its checksum is right: made by hand, or by a version that knew it differently
+        raise CheckpointDamagedError(f"{path} is no manifest: {type(error).__name__}: {error}") from error
+
+
+def _from_text(text: str, *, path: Path) -> Manifest:
     body = json.loads(text)
     if body["format"] != FORMAT or body["format_version"] > FORMAT_VERSION:
         raise CheckpointError(
             f"{path} is {body['format']!r} version {body['format_version']}; this version of internlm-ds reads up to "
             f"{FORMAT_VERSION}. Use the version that wrote it: internlm_ds {body['versions'].get('internlm_ds', '?')}"
         )
-    return _from_json(body)
+    manifest = _from_json(body)
+    entries = (*manifest.parameters, *manifest.fragments)
+    outside = [name for name in (*manifest.files, *(entry.file for entry in entries)) if not is_plain(name)]
+    if outside:
+        raise CheckpointError(f"{path} is refused: {outside[0]!r} is no name of a file in its folder")
+    unknown = [entry.key for entry in entries if entry.file not in manifest.files]
+    if unknown:
+        raise CheckpointError(f"{path} is refused: {unknown[0]!r} lies in a file that has no checksum")
+    return manifest
 
 
 def _from_json(body: dict[str, Any]) -> Manifest:

@@ -2,7 +2,8 @@
 
 Owns bytes of tensors on disk and nothing about what they mean. Writing is our own, because the library keeps a second
 copy of everything in memory, refuses slices of one flat buffer that it takes for shared tensors, and would have the
-file read again for its checksum; reading is the library's. How a file gets to the disk is `diskfile`'s.
+file read again for its checksum; so is reading, because the library maps the file. How a file gets to the disk is
+`diskfile`'s, its header `header`'s.
 
 Source: the safetensors format: 8 bytes little-endian header length, a JSON header padded with blanks to a multiple of
 8, the data.
@@ -11,15 +12,19 @@ Source: the safetensors format: 8 bytes little-endian header length, a JSON head
 from __future__ import annotations
 
 import json
+import os
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 
+from internlm_ds.checkpoint import header
 from internlm_ds.checkpoint.diskfile import FileRecord, Flush, HashedFile
-from internlm_ds.errors import CheckpointDamagedError
+from internlm_ds.checkpoint.header import Entry
+from internlm_ds.checkpoint.names import is_plain
+from internlm_ds.errors import CheckpointDamagedError, CheckpointError
 
 DTYPE_CODES = {
     torch.float64: "F64",
@@ -33,7 +38,9 @@ DTYPE_CODES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 SHARD_BYTES = 4 * 2**30
+_READ_BYTES = 2**30
 
 
 @dataclass(frozen=True)
@@ -126,52 +133,68 @@ def shards(
 
 
 class TensorReader:
-    """Reads tensors, or ranges of 1-D tensors, of the safetensors files of one folder; files are opened once."""
+    """Reads tensors, or rows of them, of the safetensors files of one folder into memory of their own.
+
+    Files are opened once. They are not mapped: pages of a mapped file count as this process's memory, and reading is
+    as fast.
+    """
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self._open: dict[str, object] = {}
+        self._open: dict[str, tuple[int, dict[str, Entry]]] = {}
+        weakref.finalize(self, _close_all, self._open)
 
     def names(self, file: str) -> list[str]:
-        return list(self._file(file).keys())
+        return list(self._file(file)[1])
+
+    def shape(self, file: str, name: str) -> tuple[int, ...]:
+        return self._entry(file, name).shape
 
     def tensor(self, file: str, name: str) -> torch.Tensor:
         """A whole tensor on the host."""
-        with _as_damage(self._folder / file):
-            return self._file(file).get_tensor(name)
-
-    def shape(self, file: str, name: str) -> tuple[int, ...]:
-        with _as_damage(self._folder / file):
-            return tuple(self._file(file).get_slice(name).get_shape())
+        entry = self._entry(file, name)
+        return self._read(file, name, entry.shape, entry.start)
 
     def range(self, file: str, name: str, start: int, stop: int) -> torch.Tensor:
         """Indices `[start, stop)` of dimension 0; only these are read."""
-        with _as_damage(self._folder / file):
-            return self._file(file).get_slice(name)[start:stop]
+        entry = self._entry(file, name)
+        rows, rest = entry.shape[0], entry.shape[1:]
+        start, stop = min(start, rows), min(stop, rows)
+        row_bytes = (entry.stop - entry.start) // max(1, rows)
+        return self._read(file, name, (stop - start, *rest), entry.start + start * row_bytes)
 
-    def spans(self, file: str, name: str, *, dim: int, spans: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """Ranges of indices along one dimension, one after another; only these are read."""
-        with _as_damage(self._folder / file):
-            held = self._file(file).get_slice(name)
-            pieces = [held[(slice(None),) * dim + (slice(start, stop),)] for start, stop in spans]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=dim)
+    def _read(self, file: str, name: str, shape: tuple[int, ...], offset: int) -> torch.Tensor:
+        descriptor, entries = self._file(file)
+        dtype = _DTYPES.get(entries[name].dtype)
+        if dtype is None:
+            raise CheckpointError(
+                f"{self._folder / file}: {name!r} is of type {entries[name].dtype}, which is not read"
+            )
+        tensor = torch.empty(shape, dtype=dtype)
+        if tensor.numel():
+            target = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+            while target:
+                count = os.preadv(descriptor, [target[:_READ_BYTES]], offset)
+                if count == 0:
+                    raise CheckpointDamagedError(f"{self._folder / file}: it has become shorter while it was read")
+                target, offset = target[count:], offset + count
+        return tensor
 
-    def _file(self, file: str):
+    def _entry(self, file: str, name: str) -> Entry:
+        entries = self._file(file)[1]
+        if name not in entries:
+            raise CheckpointDamagedError(f"{self._folder / file}: holds no tensor {name!r}")
+        return entries[name]
+
+    def _file(self, file: str) -> tuple[int, dict[str, Entry]]:
         if file not in self._open:
-            with _as_damage(self._folder / file):
-                self._open[file] = safe_open(self._folder / file, framework="pt", device="cpu")
+            if not is_plain(file):
+                raise CheckpointError(f"{self._folder} is refused: {file!r} is no name of a file in that folder")
+            entries = header.read(self._folder / file)
+            self._open[file] = os.open(self._folder / file, os.O_RDONLY), entries
         return self._open[file]
 
 
-class _as_damage:
-    """What the library says about an unreadable file, as our error with the file's name."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, (SafetensorError, FileNotFoundError)):
-            raise CheckpointDamagedError(f"{self.path}: not a readable safetensors file: {error}") from error
+def _close_all(opened: dict[str, tuple[int, dict[str, Entry]]]) -> None:
+    for descriptor, _ in opened.values():
+        os.close(descriptor)

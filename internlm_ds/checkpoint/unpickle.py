@@ -51,6 +51,8 @@ _OPCODES = {
 _PIECE_BYTES = 1 << 20
 _NAME_LENGTH_AT = 26
 """Of a zip file's local header: two bytes each for the lengths of name and extra field, the content behind both."""
+_MOST_INDICES = 2**40
+_MOST_EXPANDED = 2**20
 _MEMO_WRITES = {"PUT", "BINPUT", "LONG_BINPUT"}
 
 
@@ -101,6 +103,7 @@ class _Archive:
         try:
             with zipfile.ZipFile(path) as archive:
                 self.sizes = {item.filename: item.file_size for item in archive.infolist()}
+                claimed = sum(item.file_size for item in archive.infolist())
                 packed = [i.filename for i in archive.infolist() if i.compress_type != zipfile.ZIP_STORED]
         except FileNotFoundError:
             raise CheckpointError(f"{path} does not exist") from None
@@ -111,6 +114,10 @@ class _Archive:
         programs = [name for name in self.sizes if name.endswith("data.pkl") and name.count("/") <= 1]
         if len(programs) != 1 or packed or any("/code/" in name for name in self.sizes):
             raise CheckpointError(f"{path} is a zip file, but not one that torch.save wrote")
+        if claimed > path.stat().st_size:
+            raise CheckpointError(
+                f"{path} is refused: its records claim {claimed} bytes, the whole file has {path.stat().st_size}"
+            )
         self.prefix = programs[0].removesuffix("data.pkl")
         if self.sizes.get(f"{self.prefix}byteorder") and self.read("byteorder") != b"little":
             raise CheckpointError(f"{path} was written on a big-endian machine; save it anew on a little-endian one")
@@ -342,9 +349,9 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> _Storage:
         kind, dtype, key, _location, numel = pid
-        if kind != "storage" or not isinstance(dtype, torch.dtype) or not str(key).isdigit():
-            raise ValueError(f"unknown reference {pid!r}")
-        return _Storage(dtype, str(key), int(numel))
+        if kind != "storage" or not isinstance(dtype, torch.dtype) or not _text(key).isdigit():
+            raise ValueError("a reference to something that is no storage")
+        return _Storage(dtype, _text(key), int(numel))
 
     def _make_stand_ins(self) -> dict[str, Any]:
         archive = self._archive
@@ -356,7 +363,13 @@ class _Unpickler(pickle.Unpickler):
         def rebuild(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None) -> LazyTensor:
             if not isinstance(storage, _Storage):
                 raise ValueError("a tensor without storage")
-            return LazyTensor(archive, storage, int(offset), tuple(map(int, size)), tuple(map(int, stride)))
+            sizes, strides = tuple(map(int, size)), tuple(map(int, stride))
+            # an expanded view of a small storage takes more memory than the file has: not by much, in good files
+            if any(not 0 <= length < _MOST_INDICES for length in sizes) or (
+                math.prod(sizes) > max(storage.numel, _MOST_EXPANDED)
+            ):
+                raise ValueError(f"a tensor of {len(sizes)} dimensions that its record of {storage.numel} cannot hold")
+            return LazyTensor(archive, storage, int(offset), sizes, strides)
 
         def encode(text: str, encoding: str = "latin1") -> bytes:
             if encoding != "latin1":
@@ -366,17 +379,24 @@ class _Unpickler(pickle.Unpickler):
         return {
             "OrderedDict": PlainDict,
             "Config": PlainDict,
-            "ParallelMode": lambda value: str(value),
+            "ParallelMode": _text,
             "Size": lambda sizes: tuple(sizes),
-            "device": lambda *parts: ":".join(map(str, parts)),
+            "device": lambda *parts: ":".join(map(_text, parts)),
             "_rebuild_tensor_v2": rebuild,
             "_rebuild_parameter": lambda data, requires_grad=True, hooks=None: data,
             "_reconstruct": lambda cls, shape, code: _Array(),
             "scalar": lambda kind, raw: _array(kind, raw)[0].item(),
             "ndarray": "ndarray",
-            "dtype": lambda code, align=False, copy=True: _ArrayType(str(code)),
+            "dtype": lambda code, align=False, copy=True: _ArrayType(_text(code)),
             "encode": encode,
         }
+
+
+def _text(value: Any) -> str:
+    """A short value as text; of a list that holds itself many times over the text has no end."""
+    if not isinstance(value, (str, int)):
+        raise ValueError(f"a {type(value).__name__} where a name was expected")
+    return str(value)
 
 
 def _plain(value: Any, *, lazy: bool, seen: dict[int, Any]) -> Any:

@@ -193,3 +193,71 @@ def test_other_files_say_what_they_are(tmp_path):
         file.writestr("x/byteorder", "big")
     with pytest.raises(CheckpointError, match="written on a big-endian machine"):
         unpickle.load(tmp_path / "big.pt")
+
+
+def storage(key=b"0", numel=4):
+    """Pickle of a reference to a storage, up to the memo."""
+    return (
+        b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX" + len(key).to_bytes(4, "little") + key
+        + b"X\x03\x00\x00\x00cpuJ" + numel.to_bytes(4, "little") + b"tQ"
+    )  # fmt: skip
+
+
+NESTED = b"]q\x00" + b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(60)) + b"h\x3c"
+"""A list of the list before it, twice, sixty times: a few hundred bytes whose text would have 2**60 pieces."""
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        b"cinternlm.core\nParallelMode\n(" + NESTED + b"tR.",
+        b"cnumpy\ndtype\n(" + NESTED + b"tR.",
+        b"ctorch\ndevice\n(" + NESTED + b"tR.",
+        b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\n" + NESTED + b"X\x03\x00\x00\x00cpuK\x04tQ.",
+        NESTED + b"Q.",
+    ],
+)
+def test_lists_that_double_and_double_are_not_spelt_out(tmp_path, program):
+    with pytest.raises(CheckpointDamagedError, match="cannot be unpickled"):
+        unpickle.load(archive(tmp_path / "x.pt", b"\x80\x02" + program))
+
+
+@pytest.mark.parametrize(
+    "sizes", ["(J\xff\xff\xff\x7f(J\xff\xff\xff\x7f", "(K\x04J\x00\x00\x00\x40", "(J\xff\xff\xff\xff"]
+)
+def test_a_small_record_does_not_become_a_huge_tensor(tmp_path, sizes):
+    sizes = sizes.replace("(J\xff\xff\xff\x7f(J", "(J\xff\xff\xff\x7fJ").encode("latin1")
+    program = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(" + storage() + b"K\x00" + sizes + b"t(K\x00K\x00t\x89NtR."
+    with pytest.raises(CheckpointDamagedError, match=r"a tensor of . dimensions that its record of 4 cannot hold"):
+        unpickle.load(archive(tmp_path / "x.pt", program, **{"0": bytes(16)}))
+
+
+def test_records_that_lie_upon_each_other_are_refused(tmp_path):
+    """A zip bomb without compression: many names for the same bytes."""
+    path = archive(tmp_path / "x.pt", b"\x80\x02}.", **{"0": bytes(5000)})
+    with zipfile.ZipFile(path, "a") as file:
+        first = file.getinfo("x/data/0")
+        for number in range(1, 40):
+            twin = zipfile.ZipInfo(f"x/data/{number}")
+            for field in ("header_offset", "file_size", "compress_size", "CRC"):
+                setattr(twin, field, getattr(first, field))
+            file.filelist.append(twin)
+            file.NameToInfo[twin.filename] = twin
+        file._didModify = True
+    with pytest.raises(CheckpointError, match=r"its records claim .* bytes, the whole file has"):
+        unpickle.load(path)
+
+
+def test_compressed_records_are_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.pt", "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("x/data.pkl", b"\x80\x02}.")
+        file.writestr("x/data/0", bytes(10**6))
+    with pytest.raises(CheckpointError, match=r"a zip file, but not one that torch\.save wrote"):
+        unpickle.load(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("key", [b"../../etc/passwd", b"0/../1", b"-1", b""])
+def test_storages_have_plain_numbers(tmp_path, key):
+    program = b"\x80\x02" + storage(key) + b"."
+    with pytest.raises(CheckpointDamagedError, match="a reference to something that is no storage"):
+        unpickle.load(archive(tmp_path / "x.pt", program))
