@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 
 from internlm_ds.data import kernels
-from internlm_ds.data.binmeta import Reader, Writer, join_signed_tokens, split_signed_tokens
+from internlm_ds.data.binmeta import IntArray, Reader, Writer, encode_line, join_signed_tokens, split_signed_tokens
 from internlm_ds.data.bintext import BinText
 from internlm_ds.data.foreign.blocks import Block, Source, spans
 
-# numba's half second pays from here on
-_KERNEL_BYTES = 32_000_000
+# numba's start, and the first time its compiling, pay from here on
+_KERNEL_BYTES, _KERNEL_TOKENS = 32_000_000, 4_000_000
 _CHUNK_BYTES = 1 << 22
 
 
@@ -51,14 +51,15 @@ class InternlmTarget:
     """A bin, its meta, and the note beside them if one came along and fits."""
 
     def __init__(self, path: str, *, note: dict[str, Any] | None, overwrite: bool):
-        self._writer, self._note, self._largest = Writer(path, overwrite=overwrite), note, -1
+        self._writer, self._note = Writer(path, overwrite=overwrite), note
+        self._largest, self._tokens = -1, 0
 
     def write(self, block: Block) -> None:
         self._largest = max(self._largest, int(block.tokens.max(initial=-1)))
         signed = block.tokens if block.learned is None else join_signed_tokens(block.tokens, block.learned)
-        ends = np.cumsum(block.lengths)
-        for end, length in zip(ends.tolist(), block.lengths.tolist()):
-            self._writer.write(signed[end - length : end].tolist())
+        self._tokens += len(signed)
+        data, sizes = lines(signed, block.lengths, compiled=self._tokens > _KERNEL_TOKENS)
+        self._writer.write_rows(data, sizes, block.lengths)
 
     def __enter__(self) -> InternlmTarget:
         self._writer.__enter__()
@@ -75,6 +76,33 @@ class InternlmTarget:
             note = {**self._note, "counts": counts}
             self._writer.put_beside(".json", (json.dumps(note, indent=2, ensure_ascii=False) + "\n").encode())
         self._writer.__exit__(kind, *rest)
+
+
+def lines(signed: IntArray, lengths: IntArray, *, compiled: bool) -> tuple[Any, IntArray]:
+    """The lines of samples behind one another, and the bytes of each.
+
+    Args:
+        signed: int64 `(sum(lengths),)`, as on disk.
+        compiled: By the kernel, if numba can be used.
+    """
+    kernel = _line_kernel() if compiled else None
+    sizes = np.empty(len(lengths), dtype=np.int64)
+    if kernel is not None:
+        out = np.empty(kernel.LINE_BYTES * len(lengths) + kernel.TOKEN_BYTES * len(signed), dtype=np.uint8)
+        return out[: kernel.format_rows(signed, np.ascontiguousarray(lengths), out, sizes)], sizes
+    ends = np.cumsum(lengths)
+    text = [encode_line(signed[end - length : end].tolist()) for end, length in zip(ends.tolist(), lengths.tolist())]
+    sizes[:] = [len(line) for line in text]
+    return b"".join(text), sizes
+
+
+@functools.cache
+def _line_kernel() -> Any:
+    try:
+        from internlm_ds.data.foreign import line_kernel
+    except Exception:  # numba absent, too new for this Python, or without a place for its cache
+        return None
+    return line_kernel
 
 
 def fits(note: Any, samples: int, tokens: int) -> bool:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from internlm_ds.data.binmeta import Reader, Writer, join_signed_tokens, split_signed_tokens
 from internlm_ds.data.foreign import blocks
 from internlm_ds.data.foreign.convert import FORMATS, convert, inputs
+from internlm_ds.data.foreign.internlm import lines
 from internlm_ds.data.foreign.megatron import index_bytes, read_index
 from internlm_ds.errors import DataFormatError, MissingExtraError
 
@@ -86,6 +87,15 @@ def test_from_each_foreign_format_to_each(tmp_path, first, second):
     convert(to, str(tmp_path / "z"), source_format=first, target_format=second)
     convert(str(tmp_path / "z"), str(tmp_path / "back.bin"), source_format=second)
     assert read(tmp_path / "back.bin") == SAMPLES
+
+
+@given(sample_lists.map(lambda found: [*found, [], [2**63 - 1, 1 - 2**63, 2**32 - 1, 2**32, 10**10, 0, -1, 9, 10]]))
+def test_compiled_lines_are_those_of_the_readable_twin(samples):
+    lengths = np.array([len(sample) for sample in samples])
+    signed = np.array([number for sample in samples for number in sample], dtype=np.int64)
+    (slow, slow_sizes), (fast, sizes) = (lines(signed, lengths, compiled=way) for way in (False, True))
+    assert bytes(fast) == slow and sizes.tolist() == slow_sizes.tolist()
+    assert not isinstance(fast, bytes), "numba cannot be used here"
 
 
 def test_a_sign_is_joined_as_it_was_split():
