@@ -10,6 +10,9 @@ from internlm_ds.data.doctor import contents, notes, pairing
 from internlm_ds.data.doctor.findings import ERROR, Finding, the_rest
 from internlm_ds.data.doctor.lines import Lines
 
+FEWEST_TO_TELL = 3
+"""So many lines without a sample, and none with one, are a file of another kind."""
+
 
 @dataclass(frozen=True)
 class Expected:
@@ -76,6 +79,10 @@ def compare_bins(examined: Sequence[Examined]) -> Iterator[Finding]:
 
 
 def _findings(path: str, lines: Lines, expected: Expected) -> Iterator[Finding]:
+    if lines.num_bad >= FEWEST_TO_TELL and not len(lines):
+        message = f"none of its {lines.num_bad} lines holds a sample; the first: {lines.bad[0].message}"
+        yield Finding("no-bin", path, message, 1, 0)
+        return
     yield from _bad_lines(path, lines)
     yield from pairing.check_meta(path, lines)
     note, _ = notes.read_note(path)

@@ -45,6 +45,11 @@ KINDS: dict[str, Kind] = {
     "empty-bin": Kind(
         WARNING, "a bin without samples", "training leaves it out; delete it if it was meant to hold some"
     ),
+    "no-bin": Kind(
+        ERROR,
+        "a file that is no text bin at all",
+        "Megatron's, numpy's or Parquet's: `internlm-ds data convert`; raw text: `internlm-ds preprocess text`",
+    ),
     "damaged-line": Kind(ERROR, "lines that hold no sample", f"{_REPAIR} without them; to have them back, {_AGAIN}"),
     "torn-tail": Kind(ERROR, "a last line without its end: the writer was interrupted", _REPAIR),
     "line-ends": Kind(

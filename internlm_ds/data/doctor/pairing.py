@@ -41,10 +41,12 @@ def compare(path: str, lines: Lines, offsets: IntArray, lengths: IntArray) -> It
     Args:
         offsets, lengths: int64 `(n,)`, the columns of the meta.
     """
-    offsets, wrapped = _unwrapped(lines, offsets)
-    yield from at_rows(
-        "meta-wrapped", path, lines, wrapped, lambda row: f"meta row {row} lacks {lines.offsets[row] >> 32} x 4 GiB"
-    )
+    written, (offsets, wrapped) = offsets, _unwrapped(lines, offsets)
+
+    def says(row: int) -> str:
+        return f"meta row {row} says byte {written[row]}, the line begins at {lines.offsets[row]}"
+
+    yield from at_rows("meta-wrapped", path, lines, wrapped, says)
     owner, right = _owners(lines, offsets)
     wrong = np.flatnonzero(~right & ~_within_bad_lines(lines, offsets))
     changed = _first_of_another_state(wrong, len(offsets))

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from internlm_ds.data.binmeta import Writer
 from internlm_ds.data.doctor import contents, notes, pairing
 from internlm_ds.data.doctor.lines import Lines, decode_odd_line
+from internlm_ds.errors import DataFormatError
 
 DROPPABLE = ("all-masked", "empty-sample", "id-range", "short")
 
@@ -57,8 +58,11 @@ def repair(
         drop: Kinds of `DROPPABLE` to leave out as well; "id-range" needs `vocab_size`, "short" `min_length`.
         overwrite: Replace an existing output.
     Raises:
-        DataFormatError: The output exists or cannot be written.
+        DataFormatError: There is no sample to copy; the output exists or cannot be written.
     """
+    if lines.num_bad and not len(lines):
+        message = f"none of its {lines.num_bad} lines holds a sample ({lines.bad[0].message}): there is nothing to copy"
+        raise DataFormatError(message, path=path)
     keep, did = _chosen(lines, drop=drop, vocab_size=vocab_size, min_length=min_length)
     did = [*_what_is_cut(lines), *_what_is_said_of_the_meta(path, lines), *did]
     with Writer(output, overwrite=overwrite) as writer:

@@ -118,6 +118,10 @@ def fractions_as_ids(place: Place) -> None:
     place.replace_line(4, b'{"tokens": [1.5, 2]}\n')
 
 
+def binary_instead_of_lines(place: Place) -> None:
+    place.path.write_bytes(np.arange(3, 9000, dtype=np.int32).tobytes())
+
+
 def empty_line(place: Place) -> None:
     place.replace_line(12, b"\n" + place.lines[11])
 
@@ -269,6 +273,7 @@ FAULTS: list[Fault] = [
     (whole_but_unended, "torn-tail", TEXT_BIN, 60),
     (text_instead_of_tokens, "damaged-line", TEXT_BIN, 3),
     (fractions_as_ids, "damaged-line", TEXT_BIN, 4),
+    (binary_instead_of_lines, "no-bin", TEXT_BIN, 1),
     (empty_line, "damaged-line", TEXT_BIN, 12),
     (carriage_returns, "line-ends", TEXT_BIN, None),
     (no_meta, "meta-missing", TEXT_BIN, None),

@@ -50,6 +50,8 @@ def test_a_copy_holds_what_the_scan_saw(parts, tail, tmp_path_factory):
     path = tmp_path_factory.mktemp("repair") / "a.bin"
     path.write_bytes(b"".join(parts) + tail)
     (lines,) = scan_bins([str(path)])
+    if lines.num_bad and not len(lines):
+        return
     done = repair(str(path), f"{path}.new.bin", lines)
     copy = measure_plainly(path.with_name("a.bin.new.bin").read_bytes())
     assert copy.digests.tolist() == lines.digests.tolist()[: done.samples]
@@ -113,6 +115,12 @@ def test_outputs_are_named_as_the_bins_are():
         ("x/en/a.bin", "o/en/a.bin"),
         ("y/b.bin", "o/b.bin"),
     ]
+
+
+def test_what_is_no_bin_is_not_copied(tmp_path, capsys):
+    (tmp_path / "a.bin").write_bytes(b"some text\n")
+    assert main(["data", "repair", str(tmp_path / "a.bin"), "-o", str(tmp_path / "b.bin")]) == 2
+    assert "nothing to copy" in capsys.readouterr().err and not (tmp_path / "b.bin").exists()
 
 
 def test_a_bin_that_cannot_be_read_is_an_error(tmp_path, capsys):
