@@ -20,8 +20,8 @@ from internlm_ds.errors import DataFormatError
 IntArray = npt.NDArray[np.int64]
 MetaDtype = Literal["int64", "int32"]
 
-REMEDY = "tokenize the text again (internlm-ds preprocess … --overwrite), or rebuild the meta from the bin with "
-REMEDY += "internlm_ds.data.binmeta.rebuild_meta(PATH)"
+REMEDY = "tokenize the text again (internlm-ds preprocess … --overwrite), or write a sound copy with "
+REMEDY += "internlm-ds data repair PATH -o OUT"
 
 
 def meta_path(path: str | os.PathLike[str]) -> Path:

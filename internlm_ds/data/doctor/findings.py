@@ -120,6 +120,11 @@ KINDS: dict[str, Kind] = {
         "folders that are none of InternLM's six types",
         "training takes any name and uses it in metrics; rename the folder if it is a slip",
     ),
+    "unfinished": Kind(
+        WARNING,
+        "the work of a run that was interrupted, or is still writing",
+        "go on with the same command and --resume; if it is not wanted, delete the folder",
+    ),
     "ignored-file": Kind(WARNING, "files that training does not read", "it reads *.bin: unpack or rename them"),
 }
 

@@ -45,6 +45,8 @@ def check_folder(folder: str, bins: Sequence[str], *, typed: bool = True) -> Ite
             path = os.path.join(root, name)
             if name.endswith(".bin.meta") and name.removesuffix(".meta") not in names and not name.startswith("."):
                 yield Finding("meta-orphan", path, f"{name.removesuffix('.meta')} does not exist")
+            elif name.startswith(".") and name.endswith(".bin.partial"):
+                yield Finding("unfinished", path, f"{name[1:].removesuffix('.partial')} is not whole yet")
             elif _looks_like_a_bin(name) and not os.path.isdir(path):
                 yield Finding("ignored-file", path, "the name does not end in .bin")
 

@@ -10,17 +10,20 @@ import json
 import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from internlm_ds.data.binmeta import Writer
+from internlm_ds.data.binmeta import IntArray, Writer
 from internlm_ds.data.doctor import contents, notes, pairing
 from internlm_ds.data.doctor.lines import Lines, decode_odd_line
 from internlm_ds.errors import DataFormatError
 
 DROPPABLE = ("all-masked", "empty-sample", "id-range", "short")
+
+_BLOCK_BYTES = 1 << 22
 
 RowMask = npt.NDArray[np.bool_]
 
@@ -66,7 +69,10 @@ def repair(
     keep, did = _chosen(lines, drop=drop, vocab_size=vocab_size, min_length=min_length)
     did = [*_what_is_cut(lines), *_what_is_said_of_the_meta(path, lines), *did]
     with Writer(output, overwrite=overwrite) as writer:
-        _rewrite(path, lines, keep, writer)
+        if lines.odd:
+            _rewrite(path, lines, keep, writer)
+        else:
+            _copy(path, lines, keep, writer)
         samples, tokens, num_bytes = writer.num_samples, writer.num_tokens, writer.num_bytes
         note, wrong = notes.read_note(path)
         if wrong:
@@ -135,6 +141,28 @@ def _what_is_cut(lines: Lines) -> Iterator[str]:
 def _what_is_said_of_the_meta(path: str, lines: Lines) -> Iterator[str]:
     if any(pairing.check_meta(path, lines)):
         yield "the meta is made anew"
+
+
+def _copy(path: str, lines: Lines, keep: RowMask, writer: Writer) -> None:
+    """The lines that stay as they are, in runs."""
+    begins, ends, lengths = lines.offsets[keep], lines.ends[keep], lines.lengths[keep]
+    with open(path, "rb") as file:
+        for low, high in _runs(begins, ends):
+            file.seek(int(begins[low]))
+            data = file.read(int(ends[high - 1] - begins[low]))
+            writer.write_rows(data, ends[low:high] - begins[low:high], lengths[low:high])
+
+
+def _runs(begins: IntArray, ends: IntArray) -> Iterator[tuple[int, int]]:
+    """(from, to) of samples that lie behind one another, a few megabytes at most."""
+    breaks = np.flatnonzero(begins[1:] != ends[:-1]) + 1
+    edges = [0, *breaks.tolist(), len(begins)]
+    for low, high in pairwise(edges):
+        while low < high:
+            reach = int(np.searchsorted(ends[low:high], begins[low] + _BLOCK_BYTES, side="right")) + low
+            reach = max(reach, low + 1)
+            yield low, reach
+            low = reach
 
 
 def _rewrite(path: str, lines: Lines, keep: RowMask, writer: Writer) -> None:

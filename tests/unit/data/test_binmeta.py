@@ -169,7 +169,7 @@ def test_missing_bin(tmp_path):
 
 def test_missing_meta(pair):
     pair.with_name("a.bin.meta").unlink()
-    with pytest.raises(DataFormatError, match=r"the meta file .*a\.bin\.meta is missing\. To mend it: .*rebuild_meta"):
+    with pytest.raises(DataFormatError, match=r"the meta file .*a\.bin\.meta is missing\. To mend it: .*data repair"):
         Reader(pair)
 
 

@@ -253,6 +253,10 @@ def lost_bin(place: Place) -> None:
     shutil.copy(place.meta, place.path.with_name("d.bin.meta"))
 
 
+def interrupted_run(place: Place) -> None:
+    (place.path.parent / ".d.bin.partial").mkdir()
+
+
 def no_samples(place: Place) -> None:
     write(place.path, [])
 
@@ -304,6 +308,7 @@ FAULTS: list[Fault] = [
     (same_bin_twice, "same-file", "en/copy.bin", None),
     (packed_bin, "ignored-file", "en/d.bin.gz", None),
     (lost_bin, "meta-orphan", "en/d.bin.meta", None),
+    (interrupted_run, "unfinished", "en/.d.bin.partial", None),
     (no_samples, "empty-bin", TEXT_BIN, None),
     (nobody_may_read, "unreadable", TEXT_BIN, None),
 ]
