@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -188,13 +189,21 @@ def measure_converting(state: State, folder: Path, args: argparse.Namespace) -> 
             arch=arch,
             model=model,
         )
-        program = [sys.executable, "-m", "internlm_ds.cli.main", "convert-checkpoint"]
-        target = str(folder / f"{name}-hf")
-        root = str(Path(__file__).resolve().parents[1])
-        done = pairs.process([*program, str(folder / name), target, "--to", "hf"], environ={"PYTHONPATH": root})
-        peaks[name] = done.peak_mb
+        peaks[name] = _peak_mb(["convert-checkpoint", str(folder / name), str(folder / f"{name}-hf"), "--to", "hf"])
         largest = max(torch.Size(spec.shape).numel() * 4 for spec in arch.iter_params())
     return {"peak_mb": peaks, "extra_mb": peaks["large"] - peaks["tiny"], "largest_tensor_mb": largest / MB}
+
+
+def _peak_mb(arguments: Sequence[str]) -> float:
+    """Largest resident memory of a command; by way of a small process, because a child begins with its parent's."""
+    command = [sys.executable, "-m", "internlm_ds.cli.main", *arguments]
+    program = (
+        f"import resource, subprocess\nsubprocess.run({command!r}, check=True, capture_output=True)\n"
+        "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)"
+    )
+    environ = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, env=environ)
+    return int(done.stdout) * 1024 / MB
 
 
 def _model_of(size: int) -> ModelConfig:
