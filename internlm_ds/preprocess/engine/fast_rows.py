@@ -1,4 +1,4 @@
-"""Rows by the compiled kernel: a cache and buffers for each thread at work, leftovers to sentencepiece.
+"""Rows by the compiled kernel: one cache for all threads, buffers that are used again, leftovers to sentencepiece.
 
 Imports numba, through `kernel`; `select` imports this when it has decided.
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from internlm_ds.preprocess.engine import kernel
+from internlm_ds.preprocess.engine import kernel, segments
 from internlm_ds.preprocess.engine.merging import Places, Scratch
 from internlm_ds.preprocess.engine.tables import Array, Tables
 from internlm_ds.preprocess.rows import Rows, TextBlock
@@ -30,7 +30,7 @@ class FastRows:
         tables: Of the model.
         encoder: Ids of the few segments that the kernel leaves over.
         before, behind: Ids put before and behind each sample.
-        slots: Finished segments that a thread keeps, a power of two; a full cache is emptied.
+        slots: Room for finished segments, a power of two; a full cache is replaced by an empty one.
     """
 
     engine = "compiled"
@@ -50,21 +50,25 @@ class FastRows:
         self._frame, self._frame_texts = _frame(before, behind)
         self._slots = slots
         self._function = kernel.encode_block()
-        self._idle: deque[_Worker] = deque()
+        self._cache = _Segments(slots)
+        self._idle: deque[_Scratch] = deque()
         self._buffers: deque[Array] = deque(maxlen=64)
 
     def encode(self, block: TextBlock) -> Rows:
         """Rows of a block. Their `data` lies in a buffer that is used again once nobody holds it."""
         try:
-            worker = self._idle.pop()
+            scratch = self._idle.pop()
         except IndexError:
-            worker = _Worker(self._slots)
+            scratch = _Scratch()
+        cache = self._cache
         try:
-            return self._encode(block, worker)
+            return self._encode(block, cache, scratch)
         finally:
-            self._idle.append(worker)
+            self._idle.append(scratch)
+            if cache.is_full and self._cache is cache:
+                self._cache = _Segments(self._slots)  # two threads may do so: one of the new ones is lost
 
-    def _encode(self, block: TextBlock, worker: _Worker) -> Rows:
+    def _encode(self, block: TextBlock, cache: _Segments, scratch: _Scratch) -> Rows:
         text = np.frombuffer(block.text, dtype=np.uint8)
         begins, ends = (_read_only(np.ascontiguousarray(a, dtype=np.int64)) for a in (block.begins, block.ends))
         sizes, lengths = np.empty(len(block), np.int64), np.empty(len(block), np.int64)
@@ -75,7 +79,7 @@ class FastRows:
             place = (_address(out), len(out) - kernel.SLACK)
             code = self._function(
                 *(_address(text), len(text), begins, ends, self._frame, self._places),
-                *(worker.cache, worker.scratch, *place, sizes, lengths, state),
+                *(cache.places, scratch.places, *place, sizes, lengths, state),
             )
             if code == kernel.DONE:
                 break
@@ -125,21 +129,40 @@ class FastRows:
         return view.data
 
 
-class _Worker:
-    """What one call needs for itself while it runs."""
+class _Segments:
+    """A cache and its memory."""
 
     def __init__(self, slots: int):
-        self._arrays: list[Array] = [
-            np.zeros(slots * kernel.SLOT, np.uint8),
-            np.zeros(_LONG_SLOTS * kernel.LONG_SLOT, np.uint8),
-            np.zeros(_POOL_BYTES + kernel.SLACK, np.uint8),
-            np.zeros(3, np.int64),
-            np.zeros(kernel.MAX_FINISHED + kernel.SLACK, np.uint8),
-            *(np.zeros(kernel.MAX_SEGMENT + 8, np.int64) for _ in range(4)),
-        ]
-        short, long, pool, counters, finished, *symbols = map(_address, self._arrays)
-        self.cache = kernel.Cache(short, slots, long, _LONG_SLOTS, pool, _POOL_BYTES, counters)
-        self.scratch = Scratch(symbols[0], symbols[1], symbols[2], symbols[3], finished)
+        short, self._short = _aligned(slots * segments.SLOT)
+        long, self._long = _aligned(_LONG_SLOTS * segments.LONG_SLOT)
+        pool, self._pool = _aligned(_POOL_BYTES)
+        counters, self._counters = _aligned(24)
+        most = slots - slots // 4, _LONG_SLOTS // 2
+        self.places = segments.Cache(short, slots, most[0], long, _LONG_SLOTS, most[1], pool, _POOL_BYTES, counters)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether new segments find no room."""
+        short, long, pool = np.frombuffer(self._counters, dtype=np.int64, count=3).tolist()
+        return bool(short >= self.places.most_short or long >= self.places.most_long or pool >= _POOL_BYTES)
+
+
+class _Scratch:
+    """What one call needs for itself while it runs."""
+
+    def __init__(self) -> None:
+        symbols = [np.zeros(kernel.MAX_SEGMENT + 8, np.int64) for _ in range(4)]
+        finished = np.zeros(kernel.MAX_FINISHED + kernel.SLACK, np.uint8)
+        self._arrays = [*symbols, finished]
+        ids, starts, merged, ranks = map(_address, symbols)
+        self.places = Scratch(ids, starts, merged, ranks, _address(finished))
+
+
+def _aligned(num_bytes: int) -> tuple[int, Array]:
+    """Zeros from an address that is a multiple of 64, a line of the processor's cache: no slot lies in two of them."""
+    array = np.zeros(num_bytes + 64, np.uint8)
+    skipped = -_address(array) % 64
+    return _address(array) + skipped, array[skipped : skipped + num_bytes]
 
 
 def _places(tables: Tables) -> Places:

@@ -2,7 +2,7 @@
 
 Arrays as arguments would be counted, with an atomic operation, at every inner call, and numba has no unaligned loads;
 both cost where a few nanoseconds are spent on a character. The kernel answers for its bounds, its caller for the life
-of the arrays behind the addresses. Imports numba: only `kernel` and `merging` import this.
+of the arrays behind the addresses. Imports numba: only the compiled modules import this.
 """
 
 from __future__ import annotations
@@ -75,3 +75,49 @@ def put_byte(typing: Any, base: Any, offset: Any, value: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64), generate
+
+
+# ---- between threads: what is stored before `publish` is seen by whoever sees what was published -------------------
+
+
+@intrinsic
+def published_at(typing: Any, base: Any, offset: Any) -> Any:
+    """An aligned int64 that another thread may publish."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.load_atomic(_pointer(builder, args[0], args[1], _WORD), "acquire", 8)
+
+    return types.int64(types.int64, types.int64), generate
+
+
+@intrinsic
+def publish(typing: Any, base: Any, offset: Any, value: Any) -> Any:
+    """Store an aligned int64 for other threads to see."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        builder.store_atomic(args[2], _pointer(builder, args[0], args[1], _WORD), "release", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def claim(typing: Any, base: Any, offset: Any, value: Any) -> Any:
+    """Put `value` where 0 stands, in one step; whether it was 0."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        address = _pointer(builder, args[0], args[1], _WORD)
+        result = builder.cmpxchg(address, ir.Constant(_WORD, 0), args[2], "acq_rel", "acquire")
+        return builder.extract_value(result, 1)
+
+    return types.boolean(types.int64, types.int64, types.int64), generate
+
+
+@intrinsic
+def add_at(typing: Any, base: Any, offset: Any, value: Any) -> Any:
+    """Add to an aligned int64 in one step; what it was before."""
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.atomic_rmw("add", _pointer(builder, args[0], args[1], _WORD), args[2], "monotonic")
+
+    return types.int64(types.int64, types.int64, types.int64), generate

@@ -24,7 +24,7 @@ EngineName = Literal["auto", "compiled", "arrays", "sentencepiece"]
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 # below this importing numba and its code takes longer than sentencepiece takes for the text
 SMALL_INPUT_BYTES = 4_000_000
-_SAMPLE_CHARS, _SAMPLE_TEXT_CHARS = 200_000, 20_000
+_SAMPLE_CHARS, _SAMPLE_TEXT_CHARS = 40_000, 4_000
 # of everything that engines have gone wrong on; always part of the check
 _PROBES = (
     "The cat sat on the mat,  and   it's 12345.678 o'clock.\n\tif x == 1:\n        return x\r\n",
