@@ -32,9 +32,13 @@ from internlm_ds.layout.batch import BatchPlan
 
 logger = logging.getLogger(__name__)
 
+MOST_WORKERS = 16
+
 # ((tokens, cu_seqlens), (labels, type_ids)); T tokens, shapes (T,), (T + 1,), (T,), (T,), see collate.MicroBatchArrays
 MicroBatch = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 Item = TypeVar("Item")
+# index of a batch, its packs, whether it is skipped, the sampler's position behind it
+_Draw = tuple[int, list[int], bool, dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -105,15 +109,22 @@ class TrainLoader:
         dataset: The same on all ranks.
         sampler: This rank's.
         skip_batches: `data.skip_batches`.
-        read_ahead: Steps to prepare in a thread; 0 reads when asked.
+        read_ahead: Steps to keep ready; 0 reads when asked.
+        workers: Threads that read ahead.
     """
 
     def __init__(
-        self, dataset: PackedDataset, *, sampler: StaticBatchSampler, skip_batches: str = "", read_ahead: int = 2
+        self,
+        dataset: PackedDataset,
+        *,
+        sampler: StaticBatchSampler,
+        skip_batches: str = "",
+        read_ahead: int = 2,
+        workers: int = 1,
     ):
         self.dataset, self.sampler = dataset, sampler
         self.skipper = BatchSkipper(skip_batches)
-        self.read_ahead = read_ahead
+        self.read_ahead, self.workers = read_ahead, workers
         self._position = sampler.state_dict()
         self._steps: ReadAhead[tuple[StepBatch, dict[str, Any]]] | None = None
 
@@ -129,13 +140,21 @@ class TrainLoader:
             DataFormatError: A file is damaged or has changed, or an id does not fit the vocabulary.
         """
         if self._steps is None:
-            self._steps = ReadAhead(_steps(self.dataset, self.sampler, self.skipper), depth=self.read_ahead)
+            drawn = _drawn(self.sampler, self.skipper)
+            self._steps = ReadAhead(drawn, make=self._made, depth=self.read_ahead, workers=self.workers)
         try:
             batch, self._position = self._steps.next()
         except BaseException:
             self.load_state_dict(self._position)  # asked again, the same batch is tried again
             raise
         return batch
+
+    def _made(self, drawn: _Draw) -> tuple[StepBatch, dict[str, Any]]:
+        index, numbers, is_skipped, position = drawn
+        if is_skipped:
+            # not read: a damaged sample is a reason to skip its batch
+            return StepBatch(index, [], BatchStats.of([]), True, len(numbers)), position
+        return self.dataset.step(numbers, index=index), position
 
     def state_dict(self) -> dict[str, Any]:
         """Where the last `next_step` left off: plain data, see `StaticBatchSampler.state_dict`."""
@@ -269,7 +288,7 @@ def build_sampler(
 
 
 def build_train_loader(config: Config, *, data_rank: int, data_size: int, seed: int | None = None) -> TrainLoader:
-    """Training batches of one data-parallel rank. `data.num_worker` 0 reads when asked, else a thread reads ahead.
+    """Training batches of one data-parallel rank. `data.num_worker` threads read ahead; 0 reads when asked.
 
     Raises:
         DataFormatError: Files are missing or damaged, do not fit the vocabulary, or are too few.
@@ -285,6 +304,7 @@ def build_train_loader(config: Config, *, data_rank: int, data_size: int, seed: 
         sampler=sampler,
         skip_batches=config.data.skip_batches,
         read_ahead=2 if config.data.num_worker > 0 else 0,
+        workers=max(1, min(config.data.num_worker, MOST_WORKERS)),
     )
 
 
@@ -335,16 +355,9 @@ _BEGINNING = {
 }
 
 
-def _steps(
-    dataset: PackedDataset, sampler: StaticBatchSampler, skipper: Callable[[int], bool]
-) -> Iterator[tuple[StepBatch, dict[str, Any]]]:
-    """Batches without end, each with the sampler's position behind it."""
+def _drawn(sampler: StaticBatchSampler, skipper: Callable[[int], bool]) -> Iterator[_Draw]:
+    """Batches without end."""
     while True:
         index = sampler.batch_count
         numbers = sampler.next_batch()
-        position = sampler.state_dict()
-        if skipper(index):
-            # not read: a damaged sample is a reason to skip its batch
-            yield StepBatch(index, [], BatchStats.of([]), True, len(numbers)), position
-        else:
-            yield dataset.step(numbers, index=index), position
+        yield index, numbers, skipper(index), sampler.state_dict()

@@ -6,6 +6,7 @@ a sampler for DeepSpeed's own loader. Sizes during a ramp-up are `layout.batch`'
 
 from __future__ import annotations
 
+import base64
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -57,6 +58,7 @@ class StaticBatchSampler:
         self.rampup = rampup or ""
         self._plan = BatchPlan(1, 1, batch_size, data_size, parse_rampup(rampup))
         self.epoch, self.batch_count = 0, 0
+        self._generator: dict[str, Any] = {}
         self._rng = np.random.RandomState(seed)
         self._begin_epoch()
 
@@ -100,6 +102,7 @@ class StaticBatchSampler:
             # of the packs consumed, those that do not divide among the ranks; both only after ranks or sizes changed
             "odd_packs": self._odd_packs,
             "is_dealt_anew": self._is_dealt_anew,
+            **self._generator,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -113,7 +116,8 @@ class StaticBatchSampler:
         """
         self._check_state(state)
         self.epoch = int(state["epoch"])
-        self._rewind_orders()
+        if not self._restore_generator(state):
+            self._rewind_orders()
         # the cut of an epoch depends on whether the ramp-up was over at its start
         self.batch_count = int(state.get("epoch_start_batch_count", 0))
         self._begin_epoch()
@@ -171,9 +175,19 @@ class StaticBatchSampler:
     def _next_order(self) -> IntArray:
         """All packs in the order of the epoch that begins, before it is cut."""
         self._rng_state = self._rng.get_state()
+        self._generator = {"generator": _written(self._rng_state, self.epoch)} if self.epoch else {}
         order = np.arange(self.num_packs)
         self._rng.shuffle(order)
         return order
+
+    def _restore_generator(self, state: Mapping[str, Any]) -> bool:
+        """Take up the generator as it was before the shuffle of the state's epoch, if it is there, for these packs."""
+        found = state.get("generator")
+        if found is None or found["epoch"] != state["epoch"] or state.get("num_packs") != self.num_packs:
+            return False
+        words = np.frombuffer(base64.b64decode(found["words"]), dtype="<u4")
+        self._rng.set_state(("MT19937", words[:-1].astype(np.uint32), int(words[-1]), 0, 0.0))
+        return True
 
     def _rewind_orders(self) -> None:
         """See to it that `_next_order` gives the order of epoch `self.epoch`."""
@@ -222,6 +236,12 @@ class StaticBatchSampler:
             if found != value:
                 message = f"the checkpoint's data order was made with {names[key]} = {found!r}, this run has {value!r}"
                 raise CheckpointError(f"{message}; set it back, or load without the sampler")
+
+
+def _written(state: Any, epoch: int) -> dict[str, Any]:
+    """A generator before the shuffle of a later epoch, as text: else as many shuffles lead there again."""
+    words = np.append(state[1].astype("<u4"), np.uint32(state[2])).astype("<u4")
+    return {"epoch": epoch, "words": base64.b64encode(words.tobytes()).decode("ascii")}
 
 
 class DataParallelSampler:

@@ -106,8 +106,31 @@ def test_rampup_grows_by_batches_of_all_epochs() -> None:
 
 
 def test_states_are_small() -> None:
-    sampler = StaticBatchSampler(100_000, batch_size=4)
+    sampler = StaticBatchSampler(1000, batch_size=4)
     assert len(json.dumps(sampler.state_dict())) < 400
+    for _ in range(300):
+        sampler.next_batch()
+    assert sampler.epoch and len(json.dumps(sampler.state_dict())) < 4000
+
+
+def test_later_epochs_are_resumed_without_the_shuffles_before_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    straight = StaticBatchSampler(20, batch_size=3)
+    for _ in range(50):
+        straight.next_batch()
+    state = json.loads(json.dumps(straight.state_dict()))
+    without = {key: value for key, value in state.items() if key != "generator"}  # as older checkpoints have it
+    wanted = [straight.next_batch() for _ in range(30)]
+    for each in (without, state):
+        resumed = StaticBatchSampler(20, batch_size=3)
+        if each is state:
+            monkeypatch.setattr(resumed, "_rewind_orders", lambda: pytest.fail("shuffled all epochs"))
+        resumed.load_state_dict(each)
+        assert [resumed.next_batch() for _ in range(30)] == wanted
+    other = StaticBatchSampler(21, batch_size=3)  # other data: another order, whatever the state says
+    other.load_state_dict(state)
+    begun = StaticBatchSampler(21, batch_size=3)
+    begun.load_state_dict(without)
+    assert other.next_batch() == begun.next_batch()
 
 
 def test_too_little_data_is_an_error_that_says_what_is_needed() -> None:

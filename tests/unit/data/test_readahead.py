@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import subprocess
 import sys
 import threading
@@ -29,6 +30,27 @@ def test_items_come_in_order_and_errors_behind_them(depth: int) -> None:
     ahead.close()
 
 
+@pytest.mark.parametrize("workers", [1, 4])
+def test_work_is_done_at_once_and_handed_out_in_order(workers: int) -> None:
+    together = threading.Barrier(workers)
+
+    def square(number: int) -> int:
+        if number < 100:
+            together.wait(10)  # as many at work as there are threads
+        if number == 100:
+            raise ValueError("no square")
+        return number * number
+
+    ahead = ReadAhead(itertools.count(), make=square, depth=2, workers=workers)
+    assert [ahead.next() for _ in range(100)] == [number * number for number in range(100)]
+    with pytest.raises(ValueError, match="no square"):
+        ahead.next()
+    with pytest.raises(StopIteration):
+        ahead.next()
+    ahead.close()
+    assert not any(thread.is_alive() for thread in ahead._threads)
+
+
 def test_it_reads_ahead_but_not_without_end() -> None:
     made: list[int] = []
     asked = threading.Event()
@@ -48,8 +70,8 @@ def test_it_reads_ahead_but_not_without_end() -> None:
 
 def test_the_thread_ends_with_the_object() -> None:
     ahead = ReadAhead(iter(range(100)), depth=1)
-    thread = ahead._thread
-    assert ahead.next() == 0 and thread is not None
+    (thread,) = ahead._threads
+    assert ahead.next() == 0
     del ahead
     gc.collect()
     thread.join(5)
