@@ -8,6 +8,17 @@ from internlm_ds.arch.spec import ParamSpec
 from internlm_ds.config.schema import ModelConfig
 
 MLP_WIDTH_MULTIPLE = 256
+EMBEDDING_SPLIT = {
+    f"{module}.{name}": dim
+    for module in ("embedding", "tok_embeddings")
+    for name, dim in (("weight", 1), ("word_embeddings.weight", 0))
+}
+"""Names of embeddings, and the dimension that files of this name split."""
+EMBEDDINGS = {
+    name: f"{name.partition('.')[0]}.{'word_embeddings.weight' if dim == 1 else 'weight'}"
+    for name, dim in EMBEDDING_SPLIT.items()
+}
+"""An embedding's other name: whole, the two are the same matrix."""
 
 
 def mlp_hidden_size(hidden_size: int, mlp_ratio: float, *, multiple_of: int = MLP_WIDTH_MULTIPLE) -> int:

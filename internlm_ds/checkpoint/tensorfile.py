@@ -12,9 +12,10 @@ Source: the safetensors format: 8 bytes little-endian header length, a JSON head
 from __future__ import annotations
 
 import json
+import math
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,9 +58,27 @@ class TensorSpec:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
+@dataclass(frozen=True)
+class Deferred:
+    """A tensor to be written that is made when its turn comes, and forgotten after it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], torch.Tensor]
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def element_size(self) -> int:
+        return self.dtype.itemsize
+
+
+Writable = torch.Tensor | Deferred
+
+
 def write(
     path: Path,
-    tensors: Mapping[str, torch.Tensor],
+    tensors: Mapping[str, Writable],
     *,
     metadata: Mapping[str, str] | None = None,
     flush: Flush | None = None,
@@ -76,7 +95,7 @@ def write(
 def write_stream(
     path: Path,
     specs: Sequence[TensorSpec],
-    tensors: Iterable[torch.Tensor],
+    tensors: Iterable[Writable],
     *,
     metadata: Mapping[str, str] | None = None,
     flush: Flush | None = None,
@@ -87,10 +106,11 @@ def write_stream(
     with HashedFile(path, size=size, flush=flush) as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
-        for spec, tensor in zip(specs, tensors, strict=True):
+        for spec, item in zip(specs, tensors, strict=True):
+            tensor = item.make() if isinstance(item, Deferred) else item
             assert (tensor.dtype, tuple(tensor.shape)) == (spec.dtype, spec.shape), f"{spec}: got {tensor.shape}"
             if spec.size:
-                file.write(memoryview(_raw(tensor).numpy()))
+                file.write(memoryview(raw_bytes(tensor).numpy()))
     return file.record
 
 
@@ -109,16 +129,16 @@ def _header(specs: Sequence[TensorSpec], *, metadata: Mapping[str, str] | None) 
     return text + b" " * (-len(text) % 8)
 
 
-def _raw(tensor: torch.Tensor) -> torch.Tensor:
+def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
     """The bytes of a tensor as uint8 `(numel * element_size,)` on the host."""
     return tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
 
 
 def shards(
-    tensors: Iterable[tuple[str, torch.Tensor]], *, max_bytes: int = SHARD_BYTES
-) -> Iterator[dict[str, torch.Tensor]]:
+    tensors: Iterable[tuple[str, Writable]], *, max_bytes: int = SHARD_BYTES
+) -> Iterator[dict[str, Writable]]:
     """Group a stream of named tensors into files of at most `max_bytes` (a larger single tensor gets its own file)."""
-    shard: dict[str, torch.Tensor] = {}
+    shard: dict[str, Writable] = {}
     filled = 0
     for name, tensor in tensors:
         size = tensor.numel() * tensor.element_size()
@@ -150,6 +170,12 @@ class TensorReader:
     def shape(self, file: str, name: str) -> tuple[int, ...]:
         return self._entry(file, name).shape
 
+    def dtype(self, file: str, name: str) -> torch.dtype:
+        code = self._entry(file, name).dtype
+        if code not in _DTYPES:
+            raise CheckpointError(f"{self._folder / file}: {name!r} is of type {code}, which is not read")
+        return _DTYPES[code]
+
     def tensor(self, file: str, name: str) -> torch.Tensor:
         """A whole tensor on the host."""
         entry = self._entry(file, name)
@@ -164,13 +190,8 @@ class TensorReader:
         return self._read(file, name, (stop - start, *rest), entry.start + start * row_bytes)
 
     def _read(self, file: str, name: str, shape: tuple[int, ...], offset: int) -> torch.Tensor:
-        descriptor, entries = self._file(file)
-        dtype = _DTYPES.get(entries[name].dtype)
-        if dtype is None:
-            raise CheckpointError(
-                f"{self._folder / file}: {name!r} is of type {entries[name].dtype}, which is not read"
-            )
-        tensor = torch.empty(shape, dtype=dtype)
+        descriptor, _ = self._file(file)
+        tensor = torch.empty(shape, dtype=self.dtype(file, name))
         if tensor.numel():
             target = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
             while target:

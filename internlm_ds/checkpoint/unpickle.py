@@ -127,9 +127,21 @@ class _Archive:
 
     def read(self, name: str) -> bytes:
         """A record, CRC checked."""
+        return bytes(self.read_buffer(name))
+
+    def read_buffer(self, name: str) -> bytearray:
+        """A record, CRC checked, in memory that may be changed; it is there once."""
         try:
-            with zipfile.ZipFile(self.path) as archive:
-                return archive.read(self.prefix + name)
+            with zipfile.ZipFile(self.path) as archive, archive.open(self.prefix + name) as record:
+                if self.sizes[self.prefix + name] > self.path.stat().st_size:
+                    raise zipfile.BadZipFile("it claims to be larger than its file")
+                buffer, done = bytearray(self.sizes[self.prefix + name]), 0
+                while piece := record.read(_PIECE_BYTES):
+                    buffer[done : done + len(piece)] = piece
+                    done += len(piece)
+                if done != len(buffer):
+                    raise zipfile.BadZipFile(f"{done} of {len(buffer)} bytes")
+                return buffer
         except KeyError:
             raise CheckpointDamagedError(f"{self.path}: its record {name!r} is missing") from None
         except (zipfile.BadZipFile, OSError) as error:
@@ -265,13 +277,13 @@ class LazyTensor:
             key, numel = f"data/{self.storage.key}", math.prod(self.shape)
             data = self.archive.read_range(key, self.offset * size, numel * size)
             return torch.frombuffer(bytearray(data), dtype=self.dtype).view(self.shape)
-        data = self.archive.read(f"data/{self.storage.key}")
+        data = self.archive.read_buffer(f"data/{self.storage.key}")
         numel = len(data) // self.dtype.itemsize
         if min(self.offset, *self.shape, *self.stride, 0) < 0 or last >= numel:
             raise CheckpointDamagedError(
                 f"{self.archive.path}: a tensor {list(self.shape)} does not fit its record of {len(data)} bytes"
             )
-        flat = torch.frombuffer(bytearray(data), dtype=self.dtype)
+        flat = torch.frombuffer(data, dtype=self.dtype)
         view = flat.as_strided(self.shape, self.stride, self.offset)
         return (
             view

@@ -1,37 +1,31 @@
 """Converting a checkpoint to another format: read, write aside, read back and compare, publish.
 
-One parameter at a time is in memory where the target allows it. The output appears complete or not at all, and by
-default only after every parameter was found in it once and bit for bit equal. What each format looks like is
+One parameter at a time is in memory, whatever the formats. The output appears complete or not at all, and by default
+only after `verify` found every parameter in it, and the logits that it should give. What each format looks like is
 `checkpoint.formats`'.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
+from internlm_ds.arch.spec import ParamSpec
 from internlm_ds.checkpoint import address as addresses
 from internlm_ds.checkpoint.formats import hf, internlm, native
 from internlm_ds.checkpoint.search import Format, detect
 from internlm_ds.checkpoint.storage import base
 from internlm_ds.checkpoint.storage.local import CONVERTING, LocalStorage
+from internlm_ds.checkpoint.tensorfile import Deferred
+from internlm_ds.convert import verify
 from internlm_ds.convert.sources import Source, dict_of_model, open_source
 from internlm_ds.errors import CheckpointError, ConversionError
 from internlm_ds.layout.ranks import Layout
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-PAIRS: tuple[tuple[Format, Format], ...] = (
-    ("native", "hf"),
-    ("internlm", "hf"),
-    ("internlm", "native"),
-    ("native", "internlm"),
-    ("internlm", "internlm"),
-    ("hf", "native"),
-    ("hf", "internlm"),
-)
 
 
 @dataclass(frozen=True)
@@ -67,7 +61,12 @@ class Request:
 
 @dataclass(frozen=True)
 class Summary:
-    """What was done."""
+    """What was done.
+
+    Attributes:
+        logits_difference: The largest one between source and target on random tokens; None if not compared.
+        notes: What was left out of the source.
+    """
 
     target: Path
     num_parameters: int
@@ -76,9 +75,14 @@ class Summary:
     target_format: Format
     dtype: torch.dtype
     verified: bool
+    logits_difference: float | None = None
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        checked = "every parameter read back once, bit for bit equal" if self.verified else "not verified"
+        checked = "not verified"
+        if self.verified:
+            logits = f"largest difference of logits {self.logits_difference:.3g}"
+            checked = f"every parameter read back once, bit for bit equal; {logits}"
         return (
             f"{self.target}: {self.num_parameters} parameters, {self.num_elements:,} elements, "
             f"{self.source_format} -> {self.target_format}, {str(self.dtype).removeprefix('torch.')}; {checked}"
@@ -101,10 +105,16 @@ def convert(request: Request, *, progress: Callable[[str], None] = lambda line: 
     storage = LocalStorage()
     temporary = storage.make_temporary(target, prefix=CONVERTING)
     try:
+        for note in source.notes:
+            progress(f"note: {note}")
         _WRITERS[request.target_format](temporary, source, request, dtype, progress)
+        difference = None
         if request.verify:
             progress("reading back")
-            _verify(_reread(temporary, source, request), source, dtype=dtype)
+            written = verify.reread(temporary, request.target_format, source)
+            verify.compare_weights(written, source, target_format=request.target_format, dtype=dtype)
+            progress("comparing logits")
+            difference = verify.compare_logits(temporary, request.target_format, source, dtype=dtype)
         if target.exists():
             raise ConversionError(f"{target} has appeared meanwhile; nothing was written")
         storage.publish(temporary, target)
@@ -120,6 +130,8 @@ def convert(request: Request, *, progress: Callable[[str], None] = lambda line: 
         request.target_format,
         dtype,
         verified=request.verify,
+        logits_difference=difference,
+        notes=source.notes,
     )
 
 
@@ -143,9 +155,6 @@ def _detected(folder: Path) -> Format:
 def _check(request: Request, target: Path) -> None:
     pair = (request.source_format, request.target_format)
     problems = []
-    if pair not in PAIRS:
-        possible = ", ".join(f"{a} to {b}" for a, b in PAIRS)
-        problems.append(f"{pair[0]} to {pair[1]} is not possible in this version; possible are {possible}")
     if request.content != "model":
         problems.append(f"--content {request.content}: this version converts the weights only; write --content model")
     for option, value in (("--tensor", request.tensor), ("--pipeline", request.pipe), ("--chunks", request.chunks)):
@@ -184,6 +193,7 @@ def _write_hf(
 def _write_internlm(
     folder: Path, source: Source, request: Request, dtype: torch.dtype, progress: Callable[[str], None]
 ) -> None:
+    model = replace(source.model, num_chunks=request.chunks)
     internlm.write_weights(
         folder,
         source.weights,
@@ -192,17 +202,19 @@ def _write_internlm(
         pipe=request.pipe,
         chunks=request.chunks,
         dtype=dtype,
-        model_config=dict_of_model(replace(source.model, num_chunks=request.chunks), dtype=dtype),
+        model_config=dict_of_model(model, dtype=dtype, model_type=source.model_type),
     )
 
 
 def _write_native(
     folder: Path, source: Source, request: Request, dtype: torch.dtype, progress: Callable[[str], None]
 ) -> None:
-    named = ((spec.name, source.weights[spec.name].to(dtype)) for spec in source.arch.iter_params())
+    def deferred(spec: ParamSpec) -> Deferred:
+        return Deferred(dtype, tuple(spec.shape), lambda: source.weights[spec.name].to(dtype))
+
     native.save(
         folder,
-        weights=named,
+        weights=((spec.name, deferred(spec)) for spec in source.arch.iter_params()),
         train_state={},
         config_text=source.config_text,
         layout=Layout(),
@@ -210,34 +222,8 @@ def _write_native(
         dtype=dtype,
         step=source.step,
         model=source.model,
+        model_type=source.model_type,
     )
 
 
 _WRITERS: dict[Format, _Writer] = {"hf": _write_hf, "internlm": _write_internlm, "native": _write_native}
-
-
-def _reread(folder: Path, source: Source, request: Request) -> Mapping[str, torch.Tensor]:
-    """The weights as they now lie on the disk."""
-    if request.target_format == "hf":
-        return hf.read_weights(folder, arch=source.arch)
-    if request.target_format == "internlm":
-        return internlm.read_weights(folder, arch=source.arch, mlp_names="2024")
-    return open_source(folder, "native", config=None, mlp_names=None).weights
-
-
-def _verify(written: Mapping[str, torch.Tensor], source: Source, *, dtype: torch.dtype) -> None:
-    """Every parameter once, bit for bit equal to the source in the target's dtype."""
-    names = [spec.name for spec in source.arch.iter_params()]
-    problems = [f"{name}: not written" for name in names if name not in written]
-    problems += [f"{name}: written, but not of the model" for name in written if name not in set(names)]
-    for name in names:
-        if name in written and not _bit_equal(written[name], source.weights[name].to(dtype)):
-            problems.append(f"{name}: reads back differently")
-    if problems:
-        raise ConversionError("the written checkpoint is not equal to its source:\n  " + "\n  ".join(problems))
-
-
-def _bit_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Equal in shape, dtype and every bit (so NaN equals NaN, and 0 is not -0)."""
-    as_bytes = [tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (a, b)]
-    return a.shape == b.shape and a.dtype == b.dtype and torch.equal(*as_bytes)

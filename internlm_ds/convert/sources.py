@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from internlm_ds.arch import internlm as internlm_arch
+from internlm_ds.arch import BLUEPRINTS, blueprint
 from internlm_ds.arch.spec import ModelArch
-from internlm_ds.checkpoint.formats import hf, internlm, native
+from internlm_ds.checkpoint.formats import hf, hf_config, internlm, native
 from internlm_ds.checkpoint.search import Format, detect, find_checkpoints
+from internlm_ds.config.keys import MODEL_FAMILIES
 from internlm_ds.config.schema import ModelConfig
 from internlm_ds.errors import CheckpointError, ConfigError, ConversionError
 
@@ -25,10 +26,15 @@ _USUAL_KEYS = (
     *("apply_post_layer_norm", "layer_norm_epsilon", "use_flash_attn", "vocab_size", "hidden_size"),
     *("num_attention_heads", "num_layers", "mlp_ratio"),
 )
+_GROUPED_KEYS = ("num_kv_attention_heads", "no_bias", "adapt_hf")
 _OTHER_KEYS = (
     *("drop_rate", "attn_drop_rate", "residual_in_fp32", "use_scaled_init", "use_swiglu", "rope_base", "is_reward"),
-    *("max_position_embeddings", "use_dynamic_ntk_rope", "dropout_selective_checkpoint"),
+    *("max_position_embeddings", "use_dynamic_ntk_rope", "dropout_selective_checkpoint", "norm_head", "init_type"),
+    *("embedding_init_std", "attn_wqkv_init_std", "attn_other_init_std"),
+    *("ffn_uplayer_init_std", "ffn_other_init_std", "out_head_init_std"),
 )
+Model = tuple[str, ModelConfig]
+"""A model type and its settings."""
 
 
 @dataclass(frozen=True)
@@ -36,20 +42,24 @@ class Source:
     """A checkpoint to convert from.
 
     Attributes:
+        model_type: `INTERNLM`, `INTERNLM2_PUBLIC` or `LLAMA2`.
         weights: Whole parameters by logical name; each is read when it is asked for.
         dtype: Parameter dtype as stored.
         step: Successful updates, 0 where the format does not say.
         config_text: Text of the training configuration, "" where there is none.
+        notes: What the user should know: what is left out of the source.
     """
 
     folder: Path
     kind: Format
+    model_type: str
     model: ModelConfig
     arch: ModelArch
     weights: Mapping[str, torch.Tensor]
     dtype: torch.dtype
     step: int = 0
     config_text: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def open_source(folder: Path, kind: Format, *, config: Path | None, mlp_names: str | None) -> Source:
@@ -67,21 +77,22 @@ def open_source(folder: Path, kind: Format, *, config: Path | None, mlp_names: s
     return _OPENERS[kind](folder, _model_of_config(config) if config else None, mlp_names)
 
 
-def _open_native(folder: Path, model: ModelConfig | None, mlp_names: str | None) -> Source:
+def _open_native(folder: Path, given: Model | None, mlp_names: str | None) -> Source:
     if detect(folder) is None and (inside := find_checkpoints(folder)):
         names = ", ".join(str(c.path) for c in inside[:4])
         raise CheckpointError(f"{folder} is a folder of checkpoints; name one of them: {names}")
     checkpoint = native.open(folder)
     kind = checkpoint.manifest.model.get("model_type", "INTERNLM")
-    if kind != "INTERNLM":
-        raise ConversionError(f"{folder} holds a model of type {kind!r}; this version converts INTERNLM only")
-    model = model or checkpoint.model_config or _unknown(folder)
-    arch = internlm_arch.build(model)
+    if kind not in BLUEPRINTS:
+        raise ConversionError(f"{folder} holds a model of type {kind!r}; known are {', '.join(BLUEPRINTS)}")
+    if given is None:
+        given = (kind, checkpoint.model_config) if checkpoint.model_config else _of_text(checkpoint)
+    arch = _arch(given)
     checkpoint.check_fits(arch)
     return Source(
         folder,
         "native",
-        model,
+        *given,
         arch,
         checkpoint.weights,
         dtype=getattr(torch, checkpoint.dtype),
@@ -90,48 +101,66 @@ def _open_native(folder: Path, model: ModelConfig | None, mlp_names: str | None)
     )
 
 
-def _open_internlm(folder: Path, model: ModelConfig | None, mlp_names: str | None) -> Source:
-    if model is None:
-        internlm.find_model_files(folder)
-        model = model_of_dict(internlm.read_model_config(folder)) or _unknown(folder)
-    arch = internlm_arch.build(model)
+def _of_text(checkpoint: native.NativeCheckpoint) -> Model:
+    """From the configuration that lies in a checkpoint whose manifest has no settings."""
+    if not checkpoint.config_text.partition("\n")[2].strip() and checkpoint.config_text.startswith("#"):
+        raise _unknown(checkpoint.folder)
+    return _model_of_config(checkpoint.folder / native.CONFIG)
+
+
+def _open_internlm(folder: Path, given: Model | None, mlp_names: str | None) -> Source:
+    if given is None:
+        kind = internlm.model_type_of(folder)
+        stored = internlm.read_model_config(folder)
+        model = model_of_dict(stored)
+        if kind is None or model is None:
+            raise _unknown(folder)
+        given = (stored.get("model_type", kind), model)
+    arch = _arch(given)
     weights = internlm.read_weights(folder, arch=arch, mlp_names=mlp_names)
-    dtype = weights[next(iter(weights))].dtype
-    return Source(folder, "internlm", model, arch, weights, dtype=dtype)
+    dtype = weights.dtype(next(iter(weights)))
+    return Source(folder, "internlm", *given, arch, weights, dtype=dtype)
 
 
-def _open_hf(folder: Path, model: ModelConfig | None, mlp_names: str | None) -> Source:
-    if model is None:
-        raise ConversionError(
-            f"{folder}: give --config with the model's InternLM settings to read a Hugging Face folder"
-        )
-    arch = internlm_arch.build(model)
+def _open_hf(folder: Path, given: Model | None, mlp_names: str | None) -> Source:
+    notes: tuple[str, ...] = ()
+    if given is None:
+        found = hf_config.read(folder)
+        given, notes = (found.model_type, found.model), found.notes
+    arch = _arch(given)
     weights = hf.read_weights(folder, arch=arch)
-    return Source(folder, "hf", model, arch, weights, dtype=weights[next(iter(weights))].dtype)
+    return Source(folder, "hf", *given, arch, weights, dtype=weights.dtype(next(iter(weights))), notes=notes)
 
 
-_OPENERS: dict[Format, Callable[[Path, ModelConfig | None, str | None], Source]] = {
+def _arch(given: Model) -> ModelArch:
+    arch = blueprint(*given)
+    if arch is None:
+        raise ConversionError(
+            f"model_type = {given[0]!r} has no table of parameters; known are {', '.join(BLUEPRINTS)}"
+        )
+    return arch
+
+
+_OPENERS: dict[Format, Callable[[Path, Model | None, str | None], Source]] = {
     "native": _open_native,
     "internlm": _open_internlm,
     "hf": _open_hf,
 }
 
 
-def _unknown(folder: Path) -> ModelConfig:
-    raise ConversionError(
+def _unknown(folder: Path) -> ConversionError:
+    return ConversionError(
         f"{folder} does not say which model it holds; give --config CONFIG, a configuration of that model"
     )
 
 
-def _model_of_config(path: Path) -> ModelConfig:
+def _model_of_config(path: Path) -> Model:
     from internlm_ds.config import load
 
     loaded = load(path)
     if loaded.problems:
         raise ConfigError(loaded.problems, path=loaded.path)
-    if loaded.config.model_type != "INTERNLM":
-        raise ConversionError(f"{path}: model_type = {loaded.config.model_type!r}; this version converts INTERNLM only")
-    return loaded.config.model
+    return loaded.config.model_type, loaded.config.model
 
 
 def model_of_dict(settings: Mapping[str, Any]) -> ModelConfig | None:
@@ -144,8 +173,11 @@ def model_of_dict(settings: Mapping[str, Any]) -> ModelConfig | None:
     return ModelConfig(**kept, dtype="float16" if dtype == "half" else dtype)
 
 
-def dict_of_model(model: ModelConfig, *, dtype: torch.dtype) -> dict[str, Any]:
-    """The inverse of `model_of_dict`, with the keys that InternLM's builder takes."""
+def dict_of_model(model: ModelConfig, *, dtype: torch.dtype, model_type: str = "INTERNLM") -> dict[str, Any]:
+    """The inverse of `model_of_dict`, with the keys that InternLM's builder of this model type takes."""
     default = ModelConfig()
-    changed = {key for key in _OTHER_KEYS if getattr(model, key) != getattr(default, key)}
-    return {**{key: getattr(model, key) for key in (*_USUAL_KEYS, *sorted(changed))}, "dtype": dtype}
+    takes = MODEL_FAMILIES[model_type]
+    changed = {key for key in _OTHER_KEYS if getattr(model, key) != getattr(default, key) and key in takes}
+    grouped = () if model_type == "INTERNLM" else _GROUPED_KEYS
+    keys = (*_USUAL_KEYS, *grouped, *sorted(changed))
+    return {**{key: value for key in keys if (value := getattr(model, key)) is not None}, "dtype": dtype}

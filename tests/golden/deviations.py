@@ -28,6 +28,21 @@ def is_post_norm_of_internlm1(model_type: str, model: dict) -> bool:
     return model_type == "INTERNLM" and bool(model.get("apply_post_layer_norm"))
 
 
+def drops_biases_of_queries(names) -> bool:  # type: ignore[no-untyped-def]
+    """compatibility: biases of a Hugging Face folder are kept; the reference's script drops them."""
+    return any(name.endswith("q_proj.bias") for name in names)
+
+
+def has_mlp_names_of_2023(args: dict) -> bool:
+    """compatibility: an import has the MLP names of 2024; `--version 1` of the reference's script those of 2023."""
+    return args.get("ver") == 1
+
+
+def names_the_embedding_as_if_split(args: dict) -> bool:
+    """compatibility: an imported embedding is named as the model has it; the script's option decides the name alone."""
+    return not args["embed_split"] and not args.get("use_flash", False)
+
+
 # --- config: which configurations are accepted, and as what ---------------------------------------------------------
 
 

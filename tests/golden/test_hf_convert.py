@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from internlm_ds.arch import BLUEPRINTS
 from internlm_ds.checkpoint import unpickle
+from internlm_ds.checkpoint.formats.qkv import Heads
 from internlm_ds.convert.run import Request, convert
 
 FILES = "_hf_state_dict.pt"
@@ -32,7 +34,7 @@ def test_hf_convert_exists():
 def test_hf_convert_weights_and_config(name, tmp_path):
     source = cases.golden("checkpoints") / name
     family = cases.read_json(source / "layout.json")["model_type"]
-    if family != "INTERNLM":
+    if family not in BLUEPRINTS:
         pytest.skip(f"{family} does not exist in this version")
     folder = cases.golden("hf_convert")
     convert(Request(str(source / "ckpt/3"), str(tmp_path / "hf"), source_format="internlm", target_format="hf"))
@@ -44,3 +46,15 @@ def test_hf_convert_weights_and_config(name, tmp_path):
     for key, value in cases.read_json(folder / f"{name}_config.json").items():
         if key not in OTHER_ANSWERS:
             assert config[NAMES.get(key, key)] == value, key
+
+
+def test_hf_convert_order_of_wqkv_rows():
+    path = cases.golden("hf_convert") / "wqkv_permute.json"
+    if not path.exists():
+        pytest.skip("no wqkv_permute.json among the golden data")
+    case = cases.read_json(path)
+    queries = case["num_heads"] // case["num_kv_heads"]
+    heads = Heads(case["head_dim"], size=queries + 2, rotated=queries + 1)
+    rows = torch.arange(len(case["row_order"]))
+    assert heads.to_halves(rows).tolist() == case["row_order"]
+    assert torch.equal(heads.to_neighbours(heads.to_halves(rows)), rows)

@@ -10,19 +10,23 @@ global number counts chunk by chunk, within a chunk stage by stage.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
-from collections import OrderedDict, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from internlm_ds.arch.parts import EMBEDDING_SPLIT, EMBEDDINGS
 from internlm_ds.arch.spec import ModelArch, ParamSpec
 from internlm_ds.checkpoint import unpickle
 from internlm_ds.checkpoint.names import MODEL_FILE, OTHER_SPLIT
+from internlm_ds.checkpoint.tensorfile import TensorSpec
+from internlm_ds.checkpoint.torchfile import StateFile
 from internlm_ds.checkpoint.unpickle import LazyTensor
 from internlm_ds.errors import CheckpointError, ConversionError
 from internlm_ds.layout.stages import partition_uniform
@@ -31,15 +35,6 @@ log = logging.getLogger(__name__)
 
 MLP_NAMES = ("2023", "2024")
 _NAME = re.compile(r"(?:(\d+)\.)?(?:model\.)?(?:(blocks|layers)\.(\d+)\.)?(.+)$")
-EMBEDDING_SPLIT = {
-    f"{module}.{name}": dim
-    for module in ("embedding", "tok_embeddings")
-    for name, dim in (("weight", 1), ("word_embeddings.weight", 0))
-}
-EMBEDDINGS = {
-    name: f"{name.partition('.')[0]}.{'word_embeddings.weight' if dim == 1 else 'weight'}"
-    for name, dim in EMBEDDING_SPLIT.items()
-}
 _MLP_2023 = {
     f"{mlp}.{a}.weight": f"{mlp}.{b}.weight" for mlp in ("mlp", "feed_forward") for a, b in (("w2", "w3"), ("w3", "w2"))
 }
@@ -295,7 +290,7 @@ class _Weights(Mapping[str, torch.Tensor]):
 
     def __getitem__(self, name: str) -> torch.Tensor:
         spec, shards = self._sources[name]
-        return merge([shard.load() for shard in shards], spec)
+        return merge(shards, spec)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sources)
@@ -307,14 +302,19 @@ class _Weights(Mapping[str, torch.Tensor]):
         return self._sources[name][1][0].dtype
 
 
-def merge(shards: list[torch.Tensor], spec: ParamSpec) -> torch.Tensor:
-    """The whole parameter from its shards in tensor-rank order; replicas are taken from rank 0."""
+def merge(shards: Sequence[Stored], spec: ParamSpec) -> torch.Tensor:
+    """The whole parameter from its shards in tensor-rank order, one read at a time; replicas are taken from rank 0."""
     if spec.split_dim is None or len(shards) == 1:
-        return shards[0]
-    dim, whole = spec.split_dim, list(spec.shape)
+        return shards[0].load()
+    whole, position = torch.empty(spec.shape, dtype=shards[0].dtype), 0
     # every shard holds its slice of each part, [q_r; k_r; v_r] for example
-    pieces = [shard.unflatten(dim, (spec.parts, -1)) for shard in shards]
-    return torch.cat(pieces, dim=dim + 1).reshape(whole)
+    parts = whole.unflatten(spec.split_dim, (spec.parts, -1))
+    for shard in shards:
+        piece = shard.load().unflatten(spec.split_dim, (spec.parts, -1))
+        width = piece.shape[spec.split_dim + 1]
+        parts.narrow(spec.split_dim + 1, position, width).copy_(piece)
+        position += width
+    return whole
 
 
 def split(tensor: torch.Tensor, spec: ParamSpec, *, tensor_size: int) -> list[torch.Tensor | None]:
@@ -396,17 +396,34 @@ def write_weights(
     check_split(arch, tensor_size=tensor_size, pipe=pipe, chunks=chunks)
     ranges = partition_uniform(arch.num_layers, pipe=pipe, chunks=chunks)
     for stage in range(pipe):
-        files: list[OrderedDict[str, torch.Tensor]] = [OrderedDict() for _ in range(tensor_size)]
-        for local, spec in stage_params(arch, ranges[stage], chunks=chunks):
-            whole = weights[spec.name] if dtype is None else weights[spec.name].to(dtype)
-            for file, piece in zip(files, split(whole, spec, tensor_size=tensor_size), strict=True):
-                if piece is not None:
-                    file[local] = piece
-        for rank, state in enumerate(files):
-            torch.save(state, folder / f"model_tp{rank}_pp{stage}.pt")
-            torch.save(_topology(state), folder / f"topo_tp{rank}_pp{stage}.json")
+        params = list(stage_params(arch, ranges[stage], chunks=chunks))
+        _write_stage(folder, weights, params, stage=stage, tensor_size=tensor_size, dtype=dtype)
     if model_config is not None:
         torch.save(dict(model_config), folder / "model_config.pt")
+
+
+def _write_stage(
+    folder: Path,
+    weights: Mapping[str, torch.Tensor],
+    params: Sequence[tuple[str, ParamSpec]],
+    *,
+    stage: int,
+    tensor_size: int,
+    dtype: torch.dtype | None,
+) -> None:
+    """The files of all tensor ranks of a stage, filled side by side: each parameter is read once."""
+    dtype = dtype or weights[params[0][1].name].dtype
+    with contextlib.ExitStack() as stack:
+        files = []
+        for rank in range(tensor_size):
+            held = [(name, spec) for name, spec in params if rank == 0 or not spec.on_first_tensor_rank_only]
+            specs = [TensorSpec(name, dtype, local_shape(spec, tensor_size=tensor_size)) for name, spec in held]
+            files.append(stack.enter_context(StateFile(folder / f"model_tp{rank}_pp{stage}.pt", specs)))
+            torch.save(_topology(name for name, _ in held), folder / f"topo_tp{rank}_pp{stage}.json")
+        for _, spec in params:
+            for file, piece in zip(files, split(weights[spec.name], spec, tensor_size=tensor_size), strict=True):
+                if piece is not None:
+                    file.add(piece.to(dtype))
 
 
 def check_split(arch: ModelArch, *, tensor_size: int, pipe: int, chunks: int) -> None:
@@ -440,6 +457,6 @@ def stage_params(arch: ModelArch, ranges: Sequence[tuple[int, int]], *, chunks: 
                 yield from ((prefix + spec.name, spec) for spec in layer.params)
 
 
-def _topology(state: Mapping[str, torch.Tensor]) -> dict[str, dict[str, int]]:
+def _topology(state: Iterable[str]) -> dict[str, dict[str, int]]:
     """Modules whose vocabulary is split: InternLM keeps this beside the weights."""
     return {name.removesuffix(".weight"): {"dim": 0} for name in state if name.endswith("word_embeddings.weight")}

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from internlm_ds.arch.parts import EMBEDDINGS
 from internlm_ds.arch.spec import ModelArch
 from internlm_ds.checkpoint import manifest as manifests
 from internlm_ds.checkpoint import train_state
@@ -29,8 +30,6 @@ from internlm_ds.layout.ranks import Layout
 from internlm_ds.layout.shards import Shard
 
 MASTER, EXP_AVG, EXP_AVG_SQ = KINDS = ("master", "exp_avg", "exp_avg_sq")
-EMBEDDINGS = {"embedding.weight": "embedding.word_embeddings.weight"}
-EMBEDDINGS |= {new: old for old, new in EMBEDDINGS.items()}
 TRAIN_STATE, CONFIG = "train_state.json", "config.py"
 
 

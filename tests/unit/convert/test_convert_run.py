@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from internlm_ds.arch import internlm as blueprint
-from internlm_ds.checkpoint.formats import hf, internlm, native
+from internlm_ds.checkpoint.formats import hf, hf_config, internlm, native
 from internlm_ds.config.schema import ModelConfig
-from internlm_ds.convert import run
+from internlm_ds.convert import verify
 from internlm_ds.convert.run import Request, convert
 from internlm_ds.convert.sources import dict_of_model, model_of_dict
 from internlm_ds.errors import CheckpointDamagedError, CheckpointError, ConfigError, ConversionError
@@ -52,17 +52,11 @@ def read(folder, kind):
 
 
 @pytest.mark.parametrize("path", [p for n in (1, 2) for p in itertools.product(("hf", "internlm", "native"), repeat=n)])
-def test_chains_of_conversions_keep_every_bit(tmp_path, native_folder, weights, path, monkeypatch):
-    monkeypatch.setattr("internlm_ds.convert.sources._model_of_config", lambda path: MODEL)
+def test_chains_of_conversions_keep_every_bit(tmp_path, native_folder, weights, path):
     folder, kind = native_folder, "native"
     for number, target in enumerate(path):
-        request = ask(folder, tmp_path / f"out{number}", target, config="given" if kind == "hf" else None)
-        if (kind, target) not in run.PAIRS:
-            with pytest.raises(ConversionError, match=f"{kind} to {target} is not possible in this version"):
-                convert(request)
-            return
-        summary = convert(request)
-        assert (summary.num_parameters, summary.verified) == (len(weights), True)
+        summary = convert(ask(folder, tmp_path / f"out{number}", target))
+        assert (summary.num_parameters, summary.verified, summary.logits_difference) == (len(weights), True, 0)
         folder, kind = summary.target, target
     back = read(folder, kind)
     for name, weight in weights.items():
@@ -93,7 +87,7 @@ def test_without_verification(tmp_path, native_folder):
 def test_difference_that_verification_finds_publishes_nothing(tmp_path, native_folder, weights, monkeypatch):
     wrong = {name: -weight if name == "norm.weight" else weight for name, weight in weights.items()}
     del wrong["head.weight"]
-    monkeypatch.setattr(run, "_reread", lambda *arguments: {**wrong, "stray": weights["norm.weight"]})
+    monkeypatch.setattr(verify, "reread", lambda *arguments: {**wrong, "stray": weights["norm.weight"]})
     with pytest.raises(ConversionError) as caught:
         convert(ask(native_folder, tmp_path / "hf", "hf"))
     assert str(caught.value).splitlines() == [
@@ -105,6 +99,15 @@ def test_difference_that_verification_finds_publishes_nothing(tmp_path, native_f
     assert [path.name for path in tmp_path.iterdir()] == ["5"]
 
 
+def test_a_result_that_computes_something_else_is_not_published(tmp_path, native_folder, monkeypatch):
+    """Weights that come back right under settings that are wrong."""
+    render = hf_config.render
+    monkeypatch.setattr(hf_config, "render", lambda *args, **more: {**render(*args, **more), "rope_theta": 50.0})
+    with pytest.raises(ConversionError, match="computes something else than its source: logits differ by up to"):
+        convert(ask(native_folder, tmp_path / "hf", "hf", dtype="bfloat16"))
+    assert [path.name for path in tmp_path.iterdir()] == ["5"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -113,7 +116,6 @@ def test_difference_that_verification_finds_publishes_nothing(tmp_path, native_f
         ({"kind": "hf", "content": "all"}, "--content all: this version converts the weights only"),
         ({"kind": "internlm", "tokenizer": True}, "--tokenizer .*: only a Hugging Face folder holds a tokenizer"),
         ({"kind": "hf", "tokenizer": True}, "--tokenizer .*: no such file"),
-        ({"kind": "native"}, "native to native is not possible in this version; possible are native to hf, "),
         ({"kind": "internlm", "pipe": 3}, "2 layers in 1 chunks are too few for --pipeline 3"),
     ],
 )
@@ -150,7 +152,8 @@ def test_sources_that_cannot_be_read(tmp_path, native_folder, weights):
 
 def test_source_that_does_not_say_its_model(tmp_path, native_folder, weights):
     convert(ask(native_folder, tmp_path / "hf", "hf"))
-    with pytest.raises(ConversionError, match="give --config with the model's InternLM settings"):
+    (tmp_path / "hf/config.json").write_text("{}")
+    with pytest.raises(ConversionError, match="num_attention_heads is missing"):
         convert(ask(tmp_path / "hf", tmp_path / "out", "native"))
     (tmp_path / "ilm").mkdir()
     internlm.write_weights(tmp_path / "ilm", weights, arch=ARCH)
@@ -172,7 +175,7 @@ def test_registered_model_types_are_not_converted(tmp_path, weights):
         dtype="float32",
         model_type="MINE",
     )
-    with pytest.raises(ConversionError, match="holds a model of type 'MINE'; this version converts INTERNLM only"):
+    with pytest.raises(ConversionError, match="holds a model of type 'MINE'; known are INTERNLM, INTERNLM2_PUBLIC, "):
         convert(ask(folder, tmp_path / "out", "hf"))
 
 
