@@ -134,9 +134,7 @@ def raw_bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
 
 
-def shards(
-    tensors: Iterable[tuple[str, Writable]], *, max_bytes: int = SHARD_BYTES
-) -> Iterator[dict[str, Writable]]:
+def shards(tensors: Iterable[tuple[str, Writable]], *, max_bytes: int = SHARD_BYTES) -> Iterator[dict[str, Writable]]:
     """Group a stream of named tensors into files of at most `max_bytes` (a larger single tensor gets its own file)."""
     shard: dict[str, Writable] = {}
     filled = 0
