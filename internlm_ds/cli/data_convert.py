@@ -34,10 +34,10 @@ def run(args: argparse.Namespace) -> int:
 
     shown: list[Progress] = []
 
-    def progress(done: int, total: int) -> None:
+    def progress(done: int, total: int, tokens: int) -> None:
         if not shown:
             shown.append(Progress(total, stream=sys.stderr))
-        shown[0].update(done, tokens=0)
+        shown[0].update(done, tokens=tokens)
 
     with FileErrors():
         results = convert(

@@ -1,7 +1,8 @@
 """Chat data: records of messages, through one of InternLM's templates.
 
 Two ways of writing a conversation are read: `{"messages": [{"role": …, "content": …}]}` and
-`{"conversations": [{"from": …, "value": …}]}`. What is no conversation is an error with file, line and record.
+`{"conversations": [{"from": …, "value": …}]}`. A message of weight 0 is read, but not learned. What is no conversation
+is an error with file, line and record.
 """
 
 from __future__ import annotations
@@ -45,12 +46,24 @@ def _message(one: Any, place: Place, *, layout: str, number: int) -> Message:
     role = _ROLE_NAMES.get(one[role_key]) if isinstance(one[role_key], str) else None
     if role is None:
         raise place.error(f"{where} has the {role_key} {one[role_key]!r}; known: {', '.join(_ROLE_NAMES)}")
-    text = one[text_key]
+    text = _joined(one[text_key])
     if not isinstance(text, str):
         raise place.error(f'the "{text_key}" of {where} is {_seen(text)}; a string is needed')
+    weight = one.get("weight", 1)
+    if weight not in (0, 1):
+        raise place.error(f"{where} has the weight {weight!r}; known: 1, and 0 for an answer that is not learned")
     if not _is_text(text):
         raise place.error(f'the "{text_key}" of {where} holds half a surrogate pair, which is no character')
-    return Message(role, text)
+    return Message(role, text, learned=bool(weight))
+
+
+def _joined(content: Any) -> Any:
+    """The text of `[{"type": "text", "text": …}, …]`; anything else as it is."""
+    if not isinstance(content, list) or not content:
+        return content
+    texts: list[Any] = [part.get("text") for part in content if isinstance(part, dict) and part.get("type") == "text"]
+    whole = len(texts) == len(content) and all(isinstance(text, str) for text in texts)
+    return "".join(texts) if whole else content
 
 
 def chat_recipe(template: Template) -> Recipe:
@@ -98,6 +111,6 @@ def _is_text(text: str) -> bool:
 
 def _seen(value: Any) -> str:
     if isinstance(value, list):
-        return "an empty list" if not value else "a list"
+        return "an empty list" if not value else "a list of other things than texts"
     names = {dict: "an object", str: "a string", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")

@@ -8,8 +8,9 @@
         return [(f"Question: {record['q']}\\n", False), (record["a"], True), (control("<eoa>"), True)]
 
 An element is `(content, learned)`: a text, an id, a list of ids, or `control("<piece>")`, and whether the model shall
-learn to write it. None leaves the record out. bos and eos are put around the sample. A text that spells out a control
-piece stays text. The function is called twice for each record, and must answer the same.
+learn to write it. None leaves the record out. bos and eos are put around the sample, the eos learned if the last
+element is. A text that spells out a control piece stays text. The function is called twice for each record, and must
+answer the same.
 """
 
 from __future__ import annotations

@@ -49,8 +49,8 @@ class Frame:
     """What stands around a body.
 
     Attributes:
-        bos, eos: One id, or none. The eos is learned, except behind a piece that ends in the middle of an answer: there
-            is no reason to stop. A sample with nothing else to learn is left out.
+        bos, eos: One id, or none. The eos is learned behind a whole answer: behind a question, or in the middle of an
+            answer, there is no reason to stop. A sample with nothing else to learn is left out.
         reference: The eos is learned always, and every sample is kept.
     """
 
@@ -63,7 +63,8 @@ class Frame:
         return len(self.bos) + len(self.eos)
 
     def around(self, piece: Piece) -> list[Segment]:
-        return [Segment(self.bos, True), *piece.segments, Segment(self.eos, piece.whole or self.reference)]
+        answered = piece.whole and bool(piece.segments) and piece.segments[-1].learned
+        return [Segment(self.bos, True), *piece.segments, Segment(self.eos, answered or self.reference)]
 
 
 @dataclass

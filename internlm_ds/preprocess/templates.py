@@ -23,10 +23,11 @@ _IM_PIECES = {"im_start": ("<|im_start|>", "[UNUSED_TOKEN_146]"), "im_end": ("<|
 
 
 class Message(NamedTuple):
-    """What one side says; `role` is one of `ROLES`."""
+    """What one side says; `role` is one of `ROLES`, `learned` matters for the assistant's alone."""
 
     role: str
     text: str
+    learned: bool = True
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Template:
         return tuple(number for name, number in self.pieces.items() if name != "newline")
 
     def parts(self, messages: Sequence[Message]) -> list[Part]:
-        """A whole conversation; only what the assistant writes, with the piece that ends it, is learned."""
+        """A whole conversation; only what the assistant writes, with what ends it, is learned."""
         return [part for message in messages for part in self.message(message)]
 
 
@@ -102,7 +103,11 @@ def _internlm(tokenizer: TextTokenizer, given: dict[str, str]) -> _Built:
             return [Part(SYSTEM_MARK + said.text, False), Part((ids.newline,), False)]
         if said.role == "user":
             return [Part(USER_MARK + said.text, False), Part((ids.eoh, ids.newline), False)]
-        return [Part(BOT_MARK, False), Part(said.text, True), Part((ids.eoa, ids.newline), True)]
+        return [
+            Part(BOT_MARK, False),
+            Part(said.text, said.learned),
+            Part((ids.eoa, ids.newline), said.learned),
+        ]
 
     return message, {"eoh": ids.eoh, "eoa": ids.eoa, "newline": ids.newline}, True
 
@@ -110,8 +115,7 @@ def _internlm(tokenizer: TextTokenizer, given: dict[str, str]) -> _Built:
 def _internlm2(tokenizer: TextTokenizer, given: dict[str, str]) -> _Built:
     """`<|im_start|>` role newline text `<|im_end|>` newline for every message; no eos, `<|im_end|>` ends an answer.
 
-    The newline behind an answer is not learned: generation has stopped before it. Source: the chat template of
-    InternLM2's published chat models.
+    Source: the chat template of InternLM2's published chat models.
     """
     ids = {name: _find(tokenizer, given, name) for name in _IM_PIECES}
     start, end = ids["im_start"], ids["im_end"]
@@ -128,9 +132,9 @@ def _internlm2(tokenizer: TextTokenizer, given: dict[str, str]) -> _Built:
         return [
             Part((start,), False),
             Part("assistant\n", False),
-            Part(said.text, True),
-            Part((end,), True),
-            Part("\n", False),
+            Part(said.text, said.learned),
+            Part((end,), said.learned),
+            Part("\n", said.learned),
         ]
 
     return message, ids, False

@@ -16,7 +16,7 @@ from internlm_ds.data.foreign.blocks import Source, TokenDtype
 from internlm_ds.data.foreign.internlm import InternlmTarget, read_internlm
 from internlm_ds.errors import DataFormatError
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[int, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,14 @@ def convert(
     target_format: str | None = None,
     dtype: TokenDtype = "int32",
     overwrite: bool = False,
-    progress: Progress = lambda done, total: None,
+    progress: Progress = lambda done, total, tokens: None,
 ) -> list[Converted]:
     """Convert a file, or all files of a folder, whose sub-folders (types) come out as they are.
 
     Args:
         source_format, target_format: Keys of `FORMATS`; None to tell it from the path.
         dtype: Type of the ids in a foreign file.
-        progress: Called with bytes done and bytes in all.
+        progress: Called with bytes done, bytes in all, tokens done.
 
     Raises:
         DataFormatError: A file is damaged or does not fit the format, or an output exists; what was being written is
@@ -95,13 +95,20 @@ def convert(
         if FORMATS[kind].files(path) & FORMATS[name].files(to):
             raise DataFormatError("the output would replace the input; name another place", path=to)
     # every file is looked at before one is written
-    total, done, results = sum(FORMATS[kind].read(path).num_bytes for path, kind, _ in pairs), 0, []
+    total, results = sum(FORMATS[kind].read(path).num_bytes for path, kind, _ in pairs), []
+    done_bytes = done_tokens = 0
     for path, kind, to in pairs:
-        one, before = FORMATS[kind].read(path), done
-        results.append(
-            _convert_one(one, to, name, dtype, overwrite, lambda share, before=before: progress(before + share, total))  # type: ignore[misc]
-        )
-        done += one.num_bytes
+        one = FORMATS[kind].read(path)
+        with _named(to), _open_target(name, to, one, dtype=dtype, overwrite=overwrite) as file:
+            samples = tokens = 0
+            for block in one.blocks():
+                file.write(block)
+                samples += len(block.lengths)
+                tokens += len(block.tokens)
+                share = one.num_bytes * samples // max(one.num_samples, 1)
+                progress(done_bytes + share, total, done_tokens + tokens)
+        results.append(Converted(one.path, to, samples, tokens))
+        done_bytes, done_tokens = done_bytes + one.num_bytes, done_tokens + tokens
     return results
 
 
@@ -168,19 +175,6 @@ def _target_path(target: str, relative: str, wanted: Format) -> str:
     return os.path.join(target, relative + wanted.ending)
 
 
-def _convert_one(
-    source: Source, path: str, name: str, dtype: TokenDtype, overwrite: bool, progress: Callable[[int], None]
-) -> Converted:
-    samples = tokens = 0
-    with _named(path), _target(name, path, source, dtype=dtype, overwrite=overwrite) as target:
-        for block in source.blocks():
-            target.write(block)
-            samples += len(block.lengths)
-            tokens += len(block.tokens)
-            progress(source.num_bytes * samples // max(source.num_samples, 1))
-    return Converted(source.path, path, samples, tokens)
-
-
 @contextlib.contextmanager
 def _named(path: str) -> Iterator[None]:
     """What the system refuses without naming a file (no space left) happened while this one was written."""
@@ -192,7 +186,7 @@ def _named(path: str) -> Iterator[None]:
         raise
 
 
-def _target(name: str, path: str, source: Source, *, dtype: TokenDtype, overwrite: bool) -> Any:
+def _open_target(name: str, path: str, source: Source, *, dtype: TokenDtype, overwrite: bool) -> Any:
     if name == "internlm":
         return InternlmTarget(path, note=source.note, overwrite=overwrite)
     kinds = {

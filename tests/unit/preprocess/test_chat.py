@@ -74,7 +74,7 @@ def test_second_template_with_system_and_two_turns(run, tokenizer):
     wanted = [1, -start, *asked(tokenizer, "system\nmat"), -end, *after]
     for question, answer in [("the cat", "sat"), ("on", "the mat")]:
         wanted += [-start, *asked(tokenizer, f"user\n{question}"), -end, *after]
-        wanted += [-start, *asked(tokenizer, "assistant\n"), *said(tokenizer, answer), end, *after]
+        wanted += [-start, *asked(tokenizer, "assistant\n"), *said(tokenizer, answer), end, *said(tokenizer, "\n")]
     assert sample == wanted
 
 
@@ -83,6 +83,24 @@ def test_one_turn_of_the_first_template_is_alpacas_sample(run, tokenizer, tmp_pa
     (tmp_path / "b.json").write_text(json.dumps([{"instruction": "the cat", "input": "mat", "output": "sat on"}]))
     tokenize_alpaca(str(tmp_path / "b.json"), tmp_path / "alpaca", tokenizer=tokenizer, split_ratio=0.0)
     assert samples == [t.tolist() for t in Reader(tmp_path / "alpaca/train/en/dataset.bin")]
+
+
+@pytest.mark.parametrize("name", ["internlm", "internlm2"])
+def test_an_answer_of_weight_0_and_an_open_question_are_not_learned(run, tokenizer, name):
+    conversation = talk("the cat", "sat", "on", "the mat", "log")
+    conversation["messages"][1]["weight"] = 0
+    (sample,), _ = run([conversation], name, eos=True)
+    learned = [number for number in sample[1:] if number > 0]
+    ends = {"internlm": ("<eoa>", "<0x0A>"), "internlm2": ("<|im_end|>", "\n")}[name]
+    newline = [tokenizer.piece_id(ends[1])] if name == "internlm" else said(tokenizer, "\n")
+    assert learned == [*said(tokenizer, "the mat"), tokenizer.piece_id(ends[0]), *newline]
+    assert sample[-1] == -2
+
+
+def test_a_content_of_several_texts_is_one_text(run):
+    parts = [{"type": "text", "text": "the "}, {"type": "text", "text": "cat"}]
+    first, second = run([talk("the cat", "sat"), talk(parts, "sat")])[0]
+    assert first == second
 
 
 def test_sharegpt_records_are_the_same_conversations(run):
@@ -227,6 +245,14 @@ def test_pieces_are_looked_up_given_or_missed(tmp_path, tokenizer):
         ({"messages": [{"role": "user"}]}, 'message 1 lacks "content"; a message reads'),
         ({"messages": [talk("a")["messages"][0], {"role": "tool", "content": ""}]}, "message 2 has the role 'tool'"),
         ({"messages": [{"role": "user", "content": None}]}, 'the "content" of message 1 is null; a string'),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            "message 1 is a list of other things than t",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "", "weight": 2}]},
+            "message 1 has the weight 2; known: 1, and",
+        ),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "message 1 holds half a surrogate pair"),
         ({"conversations": [{"from": 5, "value": ""}]}, "message 1 has the from 5; known: system, user"),
     ],

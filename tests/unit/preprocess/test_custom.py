@@ -58,7 +58,7 @@ def test_texts_ids_and_control_pieces(run, tmp_path, tiny_tokenizer):
     question, answer = tiny_tokenizer.encode(["the cat", "mat"])
     eoh = tiny_tokenizer.piece_id("<eoh>")
     (sample,) = Reader(tmp_path / "out/train/en/dataset.bin")
-    assert sample.tolist() == [1, *[-i for i in question], -eoh, *answer, 5, 6, -7, 2]
+    assert sample.tolist() == [1, *[-i for i in question], -eoh, *answer, 5, 6, -7, -2]
     assert outcome.skipped == 1
     found = json.loads((tmp_path / "out/train/en/dataset.bin.json").read_text())
     assert (found["kind"], found["function"], found["counts"]["skipped"]) == ("custom", "mine.py:make_sample", 1)
