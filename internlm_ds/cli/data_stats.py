@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from internlm_ds.cli.data_common import (
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     names = sorted(set(types_of.values()))
     types = {name: stats.holdings([scanned[one] for one in types_of if types_of[one] == name]) for name in names}
     total = stats.holdings(list(scanned.values()))
-    packing, steps = _packing(args, config) if config is not None else (None, None)
+    packing, steps, mixture = _packing(args, config) if config is not None else (None, None, [])
     if args.plot:
         stats_report.draw(args.plot, types, total)
     if args.json:
@@ -58,11 +59,15 @@ def run(args: argparse.Namespace) -> int:
         if packing is not None:
             record["packing"] = {name: one.as_json() for name, one in packing.items()}
             record["steps_per_epoch"] = steps
+            record["mixture"] = [asdict(one) for one in mixture]
         print(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False))
     else:
         print(stats_report.as_text(types, total, packing))
         if steps is not None:
             print(f"{steps:,} steps an epoch with --world-size {args.world_size}")
+        for one in mixture:
+            ranks = "one data-parallel rank" if args.world_size is None else f"--world-size {args.world_size}"
+            print(f"mixture over {config.data.total_steps:,} steps with {ranks}: {one}")
     return 0
 
 
@@ -74,10 +79,14 @@ def _counted(lines: Any) -> Any:
     return lines
 
 
-def _packing(args: argparse.Namespace, config: Any) -> tuple[Mapping[str, Any], int | None]:
-    """What the packers of the configuration make of its training folder, by type and in all; steps of an epoch."""
+def _packing(args: argparse.Namespace, config: Any) -> tuple[Mapping[str, Any], int | None, list[Any]]:
+    """What the packers of the configuration make of its training folder, by type and in all; steps of an epoch; what
+    each source of a mixture gives.
+    """
     from internlm_ds.data.doctor.stats import NOTHING_PACKED, packing_of
     from internlm_ds.data.trainset import open_sampler, open_train_set
+    from internlm_ds.data.weighted import WeightedSampler, facts_of
+    from internlm_ds.layout.batch import BatchPlan
 
     train_set = open_train_set(config.data, vocab_size=config.model.vocab_size, log=False)
     found: dict[str, Any] = {}
@@ -85,10 +94,17 @@ def _packing(args: argparse.Namespace, config: Any) -> tuple[Mapping[str, Any], 
         name = train_set.files[number].type_name if train_set.files else "synthetic"
         found[name] = found.get(name, NOTHING_PACKED) + packing_of(part)
     found["all"] = sum(found.values(), NOTHING_PACKED)
-    if args.world_size is None:
-        return found, None
-    from internlm_ds.runspec import resolve
+    weights, data_size = config.internlm_ds.data_weights, 1
+    if args.world_size is None and weights is None:
+        return found, None, []
+    if args.world_size is not None:
+        from internlm_ds.runspec import resolve
 
-    layout = resolve(args.config, overrides=args.overrides, world_size=args.world_size).layout
-    weights, ranks = config.internlm_ds.data_weights, {"data_rank": 0, "data_size": layout.data}
-    return found, len(open_sampler(config.data, train_set.packs, train_set.files, weights=weights, **ranks))
+        data_size = resolve(args.config, overrides=args.overrides, world_size=args.world_size).layout.data
+    ranks = {"data_rank": 0, "data_size": data_size}
+    sampler = open_sampler(config.data, train_set.packs, train_set.files, weights=weights, **ranks)
+    mixture = []
+    if isinstance(sampler, WeightedSampler):
+        batch = BatchPlan.from_config(config.data, data_size=data_size)
+        mixture = facts_of(sampler.mixture, batch=batch, steps=config.data.total_steps)
+    return found, len(sampler) if args.world_size is not None else None, mixture

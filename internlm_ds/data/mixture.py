@@ -24,7 +24,7 @@ from internlm_ds.data.binmeta import IntArray
 BLOCK = 64
 """Packs of a block."""
 
-_BLOCKS = 64  # shuffled with one generator; making one costs as much as shuffling a hundred packs
+_BLOCKS = 256  # shuffled with one generator; making one costs as much as shuffling thousands of packs
 _GROUP = BLOCK * _BLOCKS
 _UNIT = 32  # shares are counted in parts of 2^-32 of a pack
 _GOLDEN = 2654435769  # 2^32 over the golden ratio: the offsets of any run of blocks lie evenly
@@ -62,6 +62,7 @@ class Mixture:
         # random, so that every place of the stream expects each source at exactly its share
         self._offset = int(np.random.RandomState(seed).randint(0, 1 << _UNIT, dtype=np.uint64))
         self._counted: tuple[int, IntArray] = (0, np.zeros(len(sources), dtype=np.int64))
+        self._last_group: tuple[int, IntArray] = (-1, np.zeros(0, dtype=np.int64))
         self._passes: dict[tuple[int, int], IntArray] = {}
 
     @property
@@ -122,10 +123,16 @@ class Mixture:
         return before
 
     def _group(self, number: int) -> IntArray:
-        edges = self._block_edges(number * _BLOCKS, (number + 1) * _BLOCKS)
-        sorted_sources = (np.arange(BLOCK)[None, :, None] >= edges[:, None, :]).sum(axis=2)
+        """Sources of a run of blocks that are shuffled with one generator, int64 `(_GROUP,)`."""
+        if self._last_group[0] == number:  # a small data set asks for the same ones again, epoch after epoch
+            return self._last_group[1]
+        counts = self._block_counts(number * _BLOCKS, (number + 1) * _BLOCKS)
+        places = np.tile(np.arange(len(self.sources)), _BLOCKS)
+        sorted_sources = np.repeat(places, counts.ravel()).reshape(_BLOCKS, BLOCK)
         keys = np.random.RandomState([self.seed, 0, number]).random_sample((_BLOCKS, BLOCK))
-        return np.take_along_axis(sorted_sources, keys.argsort(axis=1, kind="stable"), axis=1).ravel()
+        order = np.take_along_axis(sorted_sources, keys.argsort(axis=1, kind="stable"), axis=1).ravel()
+        self._last_group = number, order
+        return order
 
     def _dealt(self, place: int, first: int, count: int) -> IntArray:
         """Draws `[first, first + count)` of a source over all its passes, as pack numbers."""

@@ -77,6 +77,25 @@ def test_packing_of_a_configuration(tmp_path, capsys):
     assert f"{record['steps_per_epoch']} steps an epoch" in capsys.readouterr().out
 
 
+def test_shares_of_a_mixture(tmp_path, capsys):
+    folder = sound_set(tmp_path / "set")
+    types = sorted(path.name for path in folder.iterdir())
+    weights = {name: 1 + place for place, name in enumerate(types)}
+    words = ["--config", str(CONFIG), "--set", f"data.train_folder={folder}", "--set", "model.vocab_size=10000"]
+    words += ["--set", "data.seq_len=16", "--set", f"internlm_ds.data_weights={weights}"]
+    words += ["--set", "data.total_steps=200", "--set", "lr_scheduler.total_steps=200"]
+    assert main(["data", "stats", *words, "--json"]) == 0
+    mixture = json.loads(capsys.readouterr().out)["mixture"]
+    total = sum(weights.values())
+    assert {one["name"]: one["asked"] for one in mixture} == {name: w / total for name, w in weights.items()}
+    assert all(abs(one["given"] - one["asked"]) < 0.02 and one["passes"] > 0 for one in mixture)
+    assert main(["data", "stats", *words]) == 0
+    assert "mixture over 200 steps with one data-parallel rank: " in capsys.readouterr().out
+    words[-5] = f"internlm_ds.data_weights={{'{types[0]}': 1}}"
+    assert main(["data", "stats", *words]) == 2
+    assert "gives no weight to" in capsys.readouterr().err
+
+
 def test_a_picture_is_drawn(tmp_path):
     pytest.importorskip("matplotlib")
     folder = sound_set(tmp_path / "set")
