@@ -11,6 +11,9 @@ TASKS = {
     "repair": Task("data_repair", "write a sound copy of token files: meta rebuilt, torn tail cut, repetition dropped"),
     "stats": Task("data_stats", "tokens by type, lengths, what packing makes of them for a configuration"),
     "show": Task("data_show", "decode a sample, or a batch of a run, with what is learned and what is masked"),
+    "side-file": Task(
+        "data_side_file", "write the ids of token files as numbers beside them, which training reads faster"
+    ),
     "convert": Task("data_convert", "to and from Megatron's .bin/.idx, numpy files, Parquet and Hugging Face datasets"),
 }
 

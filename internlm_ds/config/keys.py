@@ -326,6 +326,7 @@ OWN = Section(
         "compile": _flag,
         "pipeline_schedule": rules.choice("1f1b", "zb-h1"),
         "pipeline_bounds": rules.optional(rules.bounds()),
+        "side_file": _flag,
         "data_weights": rules.optional(rules.mapping_of(_not_negative, '{"en": 1.0, "code": 0.5}')),
     },
     nested={

@@ -315,6 +315,7 @@ class OwnConfig:
     pipeline_schedule: str = "1f1b"
     pipeline_bounds: tuple[int, ...] | None = None
     data_weights: Mapping[str, float] | None = None
+    side_file: bool = False
 
 
 @dataclass(frozen=True)

@@ -166,7 +166,7 @@ class BinText:
         kernel = kernels.loaded()
         if kernel is not None:
             tokens = np.empty(int(lengths.sum()), dtype=np.int64)
-            text = self._checked().array  # looked at before its pages are touched
+            text = self.check().array  # looked at before its pages are touched
             if kernel.parse_rows(text, offsets, lengths, self.vocab_size or 0, tokens) == len(offsets):
                 return tokens
         # an unusual line, which is read as JSON, or one with a fault, which is named
@@ -181,8 +181,11 @@ class BinText:
         """Where the line that begins at `offset` ends, its newline included."""
         return offset + len(self.files.get(self.path).line(offset, guess=1 << 16))
 
-    def _checked(self) -> OpenFile:
+    def check(self) -> OpenFile:
         """The file, if it is still as it was.
+
+        Raises:
+            DataFormatError: It has changed, or is gone.
 
         Between this look and the last page touched a file can still shrink; it is a look, not a lock.
         """
@@ -197,7 +200,7 @@ class BinText:
 
     def _line_at(self, offset: int, length: int) -> bytes:
         before = 1 if offset else 0
-        text = self._checked().line(offset, guess=64 + 10 * length, before=before)
+        text = self.check().line(offset, guess=64 + 10 * length, before=before)
         if before and text[:1] != b"\n":
             raise self._misfit(offset, "no line starts here")
         return text[before:]

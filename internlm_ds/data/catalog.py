@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from internlm_ds.data import side_file
 from internlm_ds.data.bintext import BinText, OpenFiles
 from internlm_ds.data.metarows import MetaRows
 from internlm_ds.data.samples import KeptSamples
@@ -122,9 +123,12 @@ def open_kept(
     vocab_size: int | None = None,
     files: OpenFiles | None = None,
     samples_to_check: int = MOST_PER_FILE,
+    make_side_file: bool = False,
 ) -> KeptSamples:
     """Open a bin, check that it fits its meta and the vocabulary, keep the samples that are long enough.
 
+    Args:
+        make_side_file: Make the bin's side file if there is none that fits; one that fits is used in any case.
     Returns:
         What is left, in file order; `.rows.counts` says of how much.
     Raises:
@@ -132,17 +136,21 @@ def open_kept(
     """
     rows = MetaRows(path, min_length=min_length)
     text = BinText(path, vocab_size=vocab_size, files=files, state=rows.state)
-    samples = KeptSamples(text, rows, type_id=type_id)
+    ids = side_file.find_or_make(path) if make_side_file else side_file.find(path)
+    samples = KeptSamples(text, rows, type_id=type_id, ids=ids)
     if vocab_size is not None:
         check_vocabulary(samples, vocab_size=vocab_size, count=samples_to_check)
     return samples
 
 
-def open_files(catalog: Catalog, *, vocab_size: int | None, log: bool = True) -> Iterator[tuple[BinFile, KeptSamples]]:
+def open_files(
+    catalog: Catalog, *, vocab_size: int | None, log: bool = True, make_side_files: bool = False
+) -> Iterator[tuple[BinFile, KeptSamples]]:
     """The files of a catalog one after the other; those with nothing left are named and left out.
 
     Args:
         log: Say what was dropped (one rank does).
+        make_side_files: See `open_kept`.
     """
     opened = OpenFiles()
     count = min(MOST_PER_FILE, max(FEWEST_PER_FILE, SAMPLES_TO_CHECK // len(catalog.files)))
@@ -154,6 +162,7 @@ def open_files(catalog: Catalog, *, vocab_size: int | None, log: bool = True) ->
             vocab_size=vocab_size,
             files=opened,
             samples_to_check=count,
+            make_side_file=make_side_files,
         )
         if log:
             report_dropped(kept, name=file.name, min_length=file.min_length)

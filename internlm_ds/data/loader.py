@@ -267,7 +267,8 @@ def build_dataset(config: Config, *, log: bool = True) -> PackedDataset:
     Raises:
         DataFormatError: Files are missing, damaged or do not fit the model's vocabulary.
     """
-    found = open_train_set(config.data, vocab_size=config.model.vocab_size, log=log)
+    side = config.internlm_ds.side_file
+    found = open_train_set(config.data, vocab_size=config.model.vocab_size, log=log, make_side_files=side)
     return PackedDataset(
         found.packs, dataset_types=found.dataset_types, seq_len=found.seq_len, rows=found.rows, files=found.files
     )

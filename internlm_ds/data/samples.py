@@ -15,6 +15,7 @@ import numpy as np
 from internlm_ds.data.binmeta import IntArray
 from internlm_ds.data.bintext import BinText
 from internlm_ds.data.metarows import MetaRows, Order
+from internlm_ds.data.side_file import SideFile
 
 
 class Samples(Protocol):
@@ -89,10 +90,11 @@ class FileSamples:
         text: The bin.
         order: Which samples, in what order, and where they lie.
         type_id: Data type of the file.
+        ids: The bin's side file, read in place of its text.
     """
 
-    def __init__(self, text: BinText, order: Order, *, type_id: int = 0):
-        self.text, self.order, self.type_id = text, order, type_id
+    def __init__(self, text: BinText, order: Order, *, type_id: int = 0, ids: SideFile | None = None):
+        self.text, self.order, self.type_id, self.ids = text, order, type_id, ids
 
     def __len__(self) -> int:
         return len(self.order.offsets)
@@ -106,7 +108,7 @@ class FileSamples:
         return self.order.ends
 
     def take(self, order: IntArray) -> FileSamples:
-        return FileSamples(self.text, self.order.take(order), type_id=self.type_id)
+        return FileSamples(self.text, self.order.take(order), type_id=self.type_id, ids=self.ids)
 
     def read(self, index: int) -> IntArray:
         """Tokens of one sample.
@@ -119,6 +121,11 @@ class FileSamples:
         return self.text.read(int(self.order.offsets[index]), length)
 
     def read_span(self, first: int, stop: int) -> IntArray:
+        if self.ids is not None:
+            self.text.check()
+            found = self.ids.read_rows(self.order.rows[first:stop], vocab_size=self.text.vocab_size)
+            if found is not None:
+                return found
         ends = self.order.ends
         lengths = np.diff(ends[first:stop], prepend=ends[first - 1] if first else 0)
         return self.text.read_rows(self.order.offsets[first:stop], lengths)
@@ -130,8 +137,8 @@ class KeptSamples(FileSamples):
     Training asks for them `packed` only, and then a large file is not read at all but mapped.
     """
 
-    def __init__(self, text: BinText, rows: MetaRows, *, type_id: int = 0):
-        self.text, self.rows, self.type_id = text, rows, type_id
+    def __init__(self, text: BinText, rows: MetaRows, *, type_id: int = 0, ids: SideFile | None = None):
+        self.text, self.rows, self.type_id, self.ids = text, rows, type_id, ids
 
     def __len__(self) -> int:
         return self.rows.counts.kept_samples
@@ -142,4 +149,4 @@ class KeptSamples(FileSamples):
 
     def packed(self) -> FileSamples:
         """The same samples in the order of packing."""
-        return FileSamples(self.text, self.rows.in_packing_order, type_id=self.type_id)
+        return FileSamples(self.text, self.rows.in_packing_order, type_id=self.type_id, ids=self.ids)

@@ -45,13 +45,21 @@ class TrainSet:
         return len(self.packs)
 
 
-def open_train_set(data: DataConfig, *, vocab_size: int, log: bool = True, files: Catalog | None = None) -> TrainSet:
+def open_train_set(
+    data: DataConfig,
+    *,
+    vocab_size: int,
+    log: bool = True,
+    files: Catalog | None = None,
+    make_side_files: bool = False,
+) -> TrainSet:
     """Open and pack what `data.train_folder` holds, or the synthetic samples that stand in for it.
 
     Args:
         vocab_size: Ids of files must be below it.
         log: Say what was dropped from which file.
         files: Take these, whatever lies in the folder.
+        make_side_files: `internlm_ds.side_file`, see `side_file`.
     Raises:
         DataFormatError: Files are missing, damaged or do not fit the vocabulary.
     """
@@ -65,7 +73,7 @@ def open_train_set(data: DataConfig, *, vocab_size: int, log: bool = True, files
     if files is None:
         files = catalog.scan(data.train_folder, min_length=data.min_length, min_length_dict=data.min_length_dict)
     parts, opened = [], []
-    for file, kept in catalog.open_files(files, vocab_size=vocab_size, log=log):
+    for file, kept in catalog.open_files(files, vocab_size=vocab_size, log=log, make_side_files=make_side_files):
         opened.append(file)
         parts.append(packer(kept, **sizes))
         if log:

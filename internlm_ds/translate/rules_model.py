@@ -353,6 +353,11 @@ RULES: dict[str, Rule] = {
         False, off="not compiled", on=refused("torch.compile is not built in this version; write False")
     ),
     "internlm_ds.pipeline_schedule": _pipeline_schedule,
+    "internlm_ds.side_file": neutral(
+        False,
+        off="ids are read from the text of the bins, or from side files that lie beside them",
+        on=native("our loader writes ids as numbers beside each bin and reads those; the batches are the same"),
+    ),
     "internlm_ds.data_weights": neutral(
         None,
         off="data types are mixed as they lie in data.train_folder",
