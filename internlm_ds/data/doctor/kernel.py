@@ -118,7 +118,7 @@ def _scan(data, begins, lengths, learned, largest, digests, usual):  # type: ign
                 position += one
                 digit = np.uint8(data[position] - zero_sign)
             width = position - first
-            if width == 0 or width > _MOST_DIGITS or (width > one and data[first] == zero_sign):
+            if width == 0 or width > _MOST_DIGITS or (data[first] == zero_sign and (width > one or negative)):
                 good = False
                 break
             most = max(most, value)

@@ -6,6 +6,7 @@ missing; `scan` cuts files into blocks and puts the columns together.
 
 from __future__ import annotations
 
+import functools
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from internlm_ds.data.binmeta import IntArray, decode_line, encode_line
+from internlm_ds.data.bintext import parse_line
 from internlm_ds.errors import DataFormatError
 
 SmallIntArray = npt.NDArray[np.int32]
@@ -49,7 +51,7 @@ class Lines:
         digests: uint64 `(n,)`, equal for equal samples.
         bad_begins, bad_ends: int64 `(b,)`, where bad lines begin and end.
         bad: The first of them, `MOST_BAD_LINES` at most, with what is wrong.
-        odd: Samples whose line is written otherwise than `encode_line` does; training reads them all the same.
+        odd: Samples whose line is not what `encode_line` writes; training reads them all the same.
         carriage_returns: Those of them that end with a carriage return and a newline.
         has_end: The last line has its newline, or there is none.
     """
@@ -143,8 +145,11 @@ class Columns:
         self._num_lines += 1
         self._has_end = text[-1] == 0x0A
         size, text = len(text), bytes(text[: LONGEST_ODD_LINE + 1])
+        # numpy reads the usual line four times as fast as json, but takes some that json does not
+        found = parse_line(text, text.count(b",") + 1)
+        is_usual = found is not None and encode_line(found.tolist()) == text
         try:
-            tokens = decode_odd_line(text)
+            tokens = found if found is not None and is_usual else decode_odd_line(text)
         except DataFormatError as error:
             self._bad_begins.append(offset_bytes)
             self._bad_ends.append(offset_bytes + size)
@@ -156,7 +161,7 @@ class Columns:
         for column, value in zip(self._rows, row):
             column.append(value)
         self._digests.append(digest(tokens))
-        self._odd += text != encode_line(tokens.tolist())
+        self._odd += not is_usual and text != encode_line(tokens.tolist())
         self._carriage_returns += text.endswith(b"\r\n")
 
     def lines(self, size: int) -> Lines:
@@ -222,11 +227,16 @@ def digest(tokens: IntArray) -> int:
     >>> digest(np.array([5])), digest(np.array([], dtype=np.int64))
     (11400714819323198490, 1)
     """
-    powers = np.full(len(tokens) + 1, DIGEST_FACTOR, dtype=np.uint64)
+    powers = _powers(1 << len(tokens).bit_length())[: len(tokens) + 1]
+    return (int(powers[-1]) + int(np.dot(tokens.view(np.uint64), powers[-2::-1]))) % (1 << 64)
+
+
+@functools.lru_cache(maxsize=40)
+def _powers(count: int) -> DigestArray:
+    """The first powers of `DIGEST_FACTOR`, from the zeroth on."""
+    powers = np.full(count + 1, DIGEST_FACTOR, dtype=np.uint64)
     powers[0] = 1
-    powers = np.cumprod(powers, dtype=np.uint64)[::-1]
-    values = np.concatenate([[1], tokens]).astype(np.int64).view(np.uint64)
-    return int((values * powers).sum(dtype=np.uint64))
+    return np.cumprod(powers, dtype=np.uint64)
 
 
 def _split(block: bytes) -> list[bytes]:
