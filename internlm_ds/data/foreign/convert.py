@@ -46,7 +46,7 @@ def _cut(ending: str) -> Callable[[str], str]:
 
 
 FORMATS = {
-    "internlm": Format(".bin.meta", read_internlm, _cut(".bin"), ".bin", (".bin", ".bin.meta", ".bin.json")),
+    "internlm": Format(".bin", read_internlm, _cut(".bin"), ".bin", (".bin", ".bin.meta", ".bin.json")),
     "megatron": Format(".idx", megatron.read_megatron, megatron.prefix_of, "", megatron.PARTS),
     "numpy": Format(numpy_files.TOKENS, numpy_files.read_numpy, numpy_files.prefix_of, "", numpy_files.PARTS),
     "parquet": Format(".parquet", parquet.read_parquet, _cut(".parquet"), ".parquet", (".parquet",)),
@@ -142,9 +142,10 @@ def _below(folder: str, name: str) -> list[str]:
             path = os.path.join(root, file)
             if not path.endswith(marks) or file.startswith("."):
                 continue
-            if name == "megatron" and path.endswith(f"{megatron.MASK}.idx"):
-                continue
-            found.append(path[: -len(".meta")] if name == "internlm" else path)
+            mask = name == "megatron" and path.endswith(f"{megatron.MASK}.idx")
+            # a bin without its meta is not passed over: reading it says what is missing
+            if not mask and (name != "internlm" or _format_of_file(path) == "internlm"):
+                found.append(path)
     return [os.path.dirname(path) for path in found] if name == "datasets" else found
 
 

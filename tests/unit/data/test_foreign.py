@@ -337,6 +337,15 @@ def test_a_folder_keeps_its_types_and_what_preprocessing_noted(tmp_path, name):
     assert not (tmp_path / "back/train/cn/b.bin.json").exists()
 
 
+def test_a_bin_of_a_folder_without_its_meta_is_not_passed_over(tmp_path):
+    write(tmp_path / "d/en/a.bin", [[1]])
+    write(tmp_path / "d/en/b.bin", [[1]])
+    (tmp_path / "d/en/b.bin.meta").unlink()
+    with pytest.raises(DataFormatError, match=r"b\.bin: the meta file .* is missing"):
+        convert(str(tmp_path / "d"), str(tmp_path / "f"), target_format="numpy")
+    assert not (tmp_path / "f").exists()
+
+
 @pytest.mark.parametrize("name", FOREIGN)
 def test_an_existing_output_is_kept_or_replaced_whole(tmp_path, name):
     path, to = there(tmp_path, name)
