@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from internlm_ds.config.render import json_value
 from internlm_ds.config.schema import DataConfig
 from internlm_ds.data.binformat import meta_path, write_whole
 from internlm_ds.data.catalog import BinFile, Catalog
@@ -68,6 +69,7 @@ class Launch:
         data_size: Data-parallel ranks.
         position: The sampler's state at the start.
         files: What it read; empty for synthetic data.
+        time: When it began, Unix seconds by the clock of metrics.jsonl.
     """
 
     data: DataConfig
@@ -77,6 +79,7 @@ class Launch:
     data_size: int
     position: Mapping[str, Any]
     files: tuple[UsedFile, ...]
+    time: float
 
     @property
     def first_batch(self) -> int:
@@ -120,16 +123,19 @@ def note_launch(
     position: Mapping[str, Any],
     packs: Concatenation,
     files: Sequence[BinFile],
+    time: float = 0.0,
 ) -> None:
     """Add this launch to the run directory's data.json.
 
     Args:
         files: The file of each part of `packs`.
+        time: Now.
     Raises:
         DataFormatError: A file cannot be read, or the note not be written.
     """
     target = Path(run_dir) / NAME
-    settings = {**asdict(data), "train_folder": data.train_folder and os.path.abspath(data.train_folder)}
+    folder = data.train_folder and os.path.abspath(data.train_folder)
+    settings = json_value({**asdict(data), "train_folder": folder})
     try:
         launch = {
             "data": settings,
@@ -138,6 +144,7 @@ def note_launch(
             "dataset_types": list(dataset_types),
             "data_size": data_size,
             "position": dict(position),
+            "time": time,
             "files": [_as_json(file, packs=len(part)) for file, part in zip(files, packs.parts)],
         }
         # a file that cannot be read is no reason not to train: the note begins anew
@@ -165,14 +172,16 @@ def read_launches(run_dir: str | os.PathLike[str]) -> list[Launch]:
         raise DataFormatError(f"damaged, or written by another version ({error!r})", path=str(target)) from None
 
 
-def launch_of(launches: Sequence[Launch], index: int) -> Launch:
+def launch_of(launches: Sequence[Launch], index: int, *, trained_at: float | None = None) -> Launch:
     """The launch that trained a batch last: of several that may have, the later one counts.
 
+    Args:
+        trained_at: When metrics.jsonl says that it was trained; a launch that began later did not get so far.
     Raises:
         DataFormatError: All of them began behind it.
     """
     for launch in reversed(launches):
-        if launch.first_batch <= index:
+        if launch.first_batch <= index and (trained_at is None or launch.time <= trained_at):
             return launch
     first = min(launch.first_batch for launch in launches)
     message = f"there is no batch {index} in this run directory: it begins with batch {first}"
@@ -203,6 +212,7 @@ def _launch(entry: Mapping[str, Any]) -> Launch:
         data_size=int(entry["data_size"]),
         position=entry["position"],
         files=tuple(_used(one) for one in entry["files"]),
+        time=float(entry["time"]),
     )
 
 

@@ -34,7 +34,7 @@ class RunBatches:
     def __init__(self, run_dir: str | os.PathLike[str]):
         self.run_dir = os.fspath(run_dir)
         self.launches = read_launches(run_dir)
-        self.losses = _losses(self.run_dir)
+        self.losses, self._times = _trained(self.run_dir)
         self.skip_batches = self.launches[-1].data.skip_batches
         self._traces: dict[int, Trace] = {}
         self._changes: dict[UsedFile, str] = {}
@@ -52,7 +52,7 @@ class RunBatches:
         Raises:
             DataFormatError: This run directory knows nothing of it, or its files have changed too much.
         """
-        launch = launch_of(self.launches, index)
+        launch = self._launch(index)
         trace = self._trace(launch)
         batch = trace.batch(index)
         return {
@@ -73,12 +73,15 @@ class RunBatches:
 
     def provenance(self, index: int) -> Iterator[str]:
         """The bins that a batch was read from."""
-        batch = self._trace(launch_of(self.launches, index)).batch(index)
+        batch = self._trace(self._launch(index)).batch(index)
         yield from dict.fromkeys(piece.path for piece in batch.pieces if piece.path)
 
     def without(self, indices: Sequence[int]) -> str:
         """`data.skip_batches` that leaves these batches out too."""
         return skip_text(self.skip_batches, indices)
+
+    def _launch(self, index: int) -> Launch:
+        return launch_of(self.launches, index, trained_at=self._times.get(index))
 
     def _trace(self, launch: Launch) -> Trace:
         place = self.launches.index(launch)
@@ -114,12 +117,14 @@ def as_text(batch: Mapping[str, Any]) -> Iterator[str]:
                     yield f"      {_shortened(document['text'])}"
 
 
-def _losses(run_dir: str) -> dict[int, float | None]:
+def _trained(run_dir: str) -> tuple[dict[int, float | None], dict[int, float | None]]:
+    """Loss and time of each batch that was trained, by index."""
     try:
         run = read_run(run_dir)
     except DataFormatError:
-        return {}  # nothing trained yet
-    return dict(zip([int(step["step"]) for step in run.steps], run.column("loss")))
+        return {}, {}  # nothing trained yet
+    indices = [int(step["step"]) for step in run.steps]
+    return dict(zip(indices, run.column("loss"))), dict(zip(indices, run.column("time")))
 
 
 def _rank_of(loss: float | None) -> float:

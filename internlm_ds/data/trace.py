@@ -16,8 +16,9 @@ from internlm_ds.data.binmeta import IntArray, read_meta
 from internlm_ds.data.packing import PaddedBatcher, StreamPacker
 from internlm_ds.data.sampler import BatchSkipper, StaticBatchSampler
 from internlm_ds.data.samples import FileSamples
-from internlm_ds.data.trainset import TrainSet
+from internlm_ds.data.trainset import TrainSet, open_sampler, open_train_set
 from internlm_ds.errors import DataFormatError
+from internlm_ds.runspec import RunSpec
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,19 @@ class Trace:
         if row < len(offsets) and offsets[row] == offset:
             return row + 1
         return int(np.flatnonzero(offsets == offset)[0]) + 1  # rows in another order than lines: somebody's own meta
+
+
+def trace_of(spec: RunSpec) -> Trace:
+    """The batches of a run on paper, from its first one.
+
+    Raises:
+        ConfigError, DataFormatError: The data cannot be opened, see `trainset`.
+    """
+    data, weights = spec.config.data, spec.config.internlm_ds.data_weights
+    found = open_train_set(data, vocab_size=spec.config.model.vocab_size, log=False)
+    ranks = {"data_rank": 0, "data_size": spec.layout.data}
+    sampler = open_sampler(data, found.packs, found.files, weights=weights, **ranks)
+    return Trace(found, sampler, skip_batches=data.skip_batches)
 
 
 def number_of_part(data: TrainSet, number: int) -> int:

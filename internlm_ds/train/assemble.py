@@ -171,7 +171,7 @@ class Training:
             checkpoints = RunCheckpoints(engine, loader, spec=self.spec, context=context, comm=comm)
             closing.callback(checkpoints.close)
             checkpoints.restore(state)
-            rundir.note_data(folder, loader, spec=self.spec, comm=comm)
+            rundir.note_data(folder, loader, spec=self.spec, comm=comm, is_log_rank=context.is_log_rank)
             if context.is_log_rank:
                 for text in LrSchedule.from_config(self.config).warnings:
                     logger.warning("%s", text)

@@ -36,11 +36,13 @@ def create(folder: Path, *, spec: RunSpec, translation: Translation, comm: Proce
     together(comm, lambda: _write(folder, spec=spec, translation=translation) if comm.rank == 0 else None)
 
 
-def note_data(folder: Path, loader: TrainLoader, *, spec: RunSpec, comm: ProcessComm) -> None:
+def note_data(folder: Path, loader: TrainLoader, *, spec: RunSpec, comm: ProcessComm, is_log_rank: bool) -> None:
     """Note in data.json what is read from here on, and from where; all ranks call it once the loader stands there.
 
+    Args:
+        is_log_rank: This rank writes metrics.jsonl, and so this note: the two are compared by one clock.
     Raises:
-        DataFormatError: On all ranks, if rank 0 cannot write there.
+        DataFormatError: On all ranks, if the log rank cannot write there.
     """
 
     def note() -> None:
@@ -54,9 +56,10 @@ def note_data(folder: Path, loader: TrainLoader, *, spec: RunSpec, comm: Process
             position=loader.state_dict(),
             packs=loader.dataset.packs,
             files=loader.dataset.files,
+            time=time.time(),
         )
 
-    together(comm, lambda: note() if comm.rank == 0 else None)
+    together(comm, lambda: note() if is_log_rank else None)
 
 
 def _write(folder: Path, *, spec: RunSpec, translation: Translation) -> None:

@@ -11,6 +11,7 @@ import pytest
 from tiny_runs import train, write_run
 
 from internlm_ds.cli.data_show_run import run_show_run
+from internlm_ds.cli.main import main
 from internlm_ds.data.binmeta import decode_line
 from internlm_ds.errors import DataFormatError
 
@@ -76,7 +77,7 @@ def test_a_run_and_the_one_that_resumed_it(tmp_path: Path, capsys: pytest.Captur
     parts = [part.split("-") for part in found["skip_batches"].split(",")]
     assert {index for part in parts for index in range(int(part[0]), int(part[-1]) + 1)} == left_out
 
-    assert run_show_run(str(second), step=12) == 0
+    assert main(["data", "show", "--run", str(second), "--step", "12"]) == 0
     out, err = capsys.readouterr()
     assert out.startswith("batch 12: left out by skip_batches; epoch 0, 1 data-parallel rank x 4 micro-batches, ")
     assert out.endswith('to leave this batch out: data.skip_batches = "4,12-13,15"\n')

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from internlm_ds.config.schema import DataConfig
 from internlm_ds.data import binmeta, record
+from internlm_ds.data.loader import FlatSampler
 from internlm_ds.data.mixture import BLOCK, Mixture, Source
 from internlm_ds.data.sampler import StaticBatchSampler
 from internlm_ds.data.trainset import open_sampler, open_train_set
@@ -172,6 +173,14 @@ def test_with_other_weights_every_source_goes_on_where_it_stands(caplog: pytest.
     third = make_sampler([0.2, 0.8], batch_size=4)
     third.load_state_dict(second.state_dict())
     assert [third.next_batch() for _ in range(30)] == [second.next_batch() for _ in range(30)]
+
+
+def test_other_loaders_get_the_same_order() -> None:
+    flat, straight = FlatSampler(make_sampler([0.7, 0.3])), make_sampler([0.7, 0.3])
+    wanted = [number for _ in range(40) for number in straight.next_batch()]
+    assert [*flat, *flat, *flat][:100] == wanted[:100]
+    flat.seek(75)
+    assert [*flat, *flat][:30] == wanted[75:105]
 
 
 def test_states_of_the_other_kind_are_refused() -> None:

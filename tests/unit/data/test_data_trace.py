@@ -12,10 +12,12 @@ import pytest
 from internlm_ds.config.schema import DataConfig
 from internlm_ds.data import binmeta, record
 from internlm_ds.data.loader import PackedDataset, StepBatch, TrainLoader
-from internlm_ds.data.trace import Trace, TracedBatch, skip_text
+from internlm_ds.data.trace import Trace, TracedBatch, skip_text, trace_of
 from internlm_ds.data.trainset import TrainSet, open_sampler, open_train_set
 from internlm_ds.errors import DataFormatError
+from internlm_ds.runspec import resolve
 
+ROOT = Path(__file__).parents[3]
 VOCAB_SIZE = 5000
 MODES = [{}, {"pack_sample_into_one": True}, {"use_packed_dataset": False}]
 
@@ -50,7 +52,7 @@ def loader_of(data: DataConfig, rank: int, size: int) -> TrainLoader:
     return TrainLoader(dataset, sampler=sampler, skip_batches=data.skip_batches, read_ahead=0)
 
 
-def trace_of(data: DataConfig, size: int) -> Trace:
+def traced(data: DataConfig, size: int) -> Trace:
     found = opened(data)
     sampler = open_sampler(data, found.packs, found.files, data_rank=0, data_size=size)
     return Trace(found, sampler, skip_batches=data.skip_batches)
@@ -79,12 +81,20 @@ def check(traced: TracedBatch, steps: list[StepBatch]) -> None:
 def test_every_batch_is_told_as_it_was_delivered(folder: Path, mode: dict[str, bool], size: int) -> None:
     data = settings(folder, rampup_batch_size="1 1 2", skip_batches="3,9-10", min_length=2, **mode)
     loaders = [loader_of(data, rank, size) for rank in range(size)]
-    trace = trace_of(data, size)
+    trace = traced(data, size)
     batches = [[loader.next_step() for loader in loaders] for _ in range(40)]
     for index, steps in enumerate(batches):
         check(trace.batch(index), steps)
     assert trace.batch(39).epoch > 0
     check(trace.batch(7), batches[7])  # back again
+
+
+def test_a_run_on_paper_is_told() -> None:
+    spec = resolve(ROOT / "model_configs/debug_cpu.py", overrides=["data.train_folder=None"], world_size=2)
+    trace = trace_of(spec)
+    sampler = open_sampler(spec.config.data, trace.data.packs, (), data_rank=1, data_size=spec.layout.data)
+    wanted = [sampler.next_batch() for _ in range(3)][2]
+    assert [pack.number for pack in trace.batch(2).ranks[1]] == wanted
 
 
 @pytest.mark.parametrize("change", [(1, 3, 2, 3), (2, 3, 1, 3), (2, 3, 2, 2), (2, 2, 1, 5)])

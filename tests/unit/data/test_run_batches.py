@@ -72,6 +72,21 @@ def test_largest_losses(run: Path) -> None:
     assert batches.without([6, 0, 1, 2]) == "0-3,6"
 
 
+def test_a_launch_that_died_before_a_batch_did_not_train_it(run: Path) -> None:
+    """Launch 0 trained all; a later one, with larger steps, began at batch 4 and wrote nothing."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    (run / "metrics.jsonl").write_text("".join(json.dumps({**line, "time": 100.0}) + "\n" for line in lines))
+    wanted = RunBatches(run).documents(5)
+    note = json.loads((run / "data.json").read_text())
+    (first,) = note["launches"]
+    later = {**first, "time": 200.0, "position": {**first["position"], "batch_count": 4}}
+    later["data"] = {**first["data"], "micro_num": 4}
+    (run / "data.json").write_text(json.dumps({**note, "launches": [first, later]}))
+    batches = RunBatches(run)
+    assert batches.documents(5) == wanted
+    assert len(batches.documents(10)["ranks"][0]) == 4  # the next one is its
+
+
 def test_changed_files_are_named(run: Path) -> None:
     path = run.parent / "data/en/x.bin"
     samples = [sample.tolist() for sample in binmeta.Reader(path)]
