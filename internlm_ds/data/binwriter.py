@@ -85,9 +85,12 @@ class Writer:
 
     def write(self, tokens: Sequence[int]) -> None:
         """Add one sample; ids signed as they shall stand on disk."""
-        line = encode_line(tokens)
+        self.write_line(encode_line(tokens), len(tokens))
+
+    def write_line(self, line: bytes, num_tokens: int) -> None:
+        """Add one sample that is a line of a bin already, of so many tokens."""
         self._pending.append(line)
-        self._pending_tokens.append(len(tokens))
+        self._pending_tokens.append(num_tokens)
         self._pending_bytes += len(line)
         if len(self._pending) >= _PENDING_SAMPLES or self._pending_bytes >= 1 << 20:
             self._flush()

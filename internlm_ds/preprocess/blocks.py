@@ -19,8 +19,8 @@ from internlm_ds.preprocess.longtext import Cuts, line_parts, text_parts
 from internlm_ds.preprocess.rows import TextBlock
 from internlm_ds.preprocess.window import Window, count_lines
 
-BLOCK_BYTES = 1 << 19
-_LONG = 4  # texts of so many blocks are encoded in parts
+BLOCK_BYTES = 1 << 18
+_LONG = 8  # texts of so many blocks are encoded in parts
 _BOM = b"\xef\xbb\xbf"
 
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 
 from internlm_ds.errors import DataFormatError
+from internlm_ds.preprocess.engine.model_file import parse, why_not
+from internlm_ds.preprocess.tokenizers import Tokenizer
 from internlm_ds.preprocess.window import Window
 
 MAX_CHARS = 16_000_000
@@ -41,6 +44,17 @@ class Cuts:
                 continue
             return start + len(text[:i].replace(_SPACE, " ").encode("utf-8", "surrogateescape"))
         return 0
+
+
+def cuts_of(tokenizer: Tokenizer) -> Cuts | None:
+    """Where texts may be cut for a model; None if nowhere."""
+    if tokenizer.library != "sentencepiece":
+        return None
+    try:
+        model = parse(Path(tokenizer.path).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return None if why_not(model, max_pieces=len(model.pieces)) else Cuts(piece.text for piece in model.pieces)
 
 
 def parts(

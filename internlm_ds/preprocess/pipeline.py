@@ -6,6 +6,8 @@ depends on the number of threads, not on the inputs.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -46,6 +48,12 @@ def in_order(jobs: Iterator[Job], work: Callable[[Job], Result], *, workers: int
         finally:
             for _, future in waiting:
                 future.cancel()
+
+
+def give_back_memory() -> None:
+    """Let the C library return what it holds unused: freed buffers of many sizes leave holes, and they add up."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # not every C library has this
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from internlm_ds.errors import DataFormatError
@@ -14,14 +13,15 @@ from internlm_ds.preprocess.blocks import BLOCK_BYTES, Piece, pieces, split, tex
 from internlm_ds.preprocess.documents import read_reference_documents
 from internlm_ds.preprocess.files import SourceFile, split_name
 from internlm_ds.preprocess.journal import Journal
-from internlm_ds.preprocess.longtext import Cuts
-from internlm_ds.preprocess.pipeline import Encoded, LongRow, PieceEncoder, in_order
+from internlm_ds.preprocess.longtext import Cuts, cuts_of
+from internlm_ds.preprocess.pipeline import Encoded, LongRow, PieceEncoder, give_back_memory, in_order
 from internlm_ds.preprocess.progress import Progress
 from internlm_ds.preprocess.rows import RowEncoder
 from internlm_ds.preprocess.shards import Shards
 from internlm_ds.preprocess.tokenizers import Tokenizer
 
 _SAMPLED_FILES, _SAMPLE_BYTES = 16, 1 << 14
+_TRIM_EVERY = 128
 
 
 class Place(NamedTuple):
@@ -111,15 +111,7 @@ class TextReader:
 
     @cached_property
     def _cuts(self) -> Cuts | None:
-        from internlm_ds.preprocess.engine.model_file import parse, why_not
-
-        if self._tokenizer.library != "sentencepiece":
-            return None
-        try:
-            model = parse(Path(self._tokenizer.path).read_bytes())
-        except (OSError, ValueError):
-            return None
-        return None if why_not(model, max_pieces=len(model.pieces)) else Cuts(piece.text for piece in model.pieces)
+        return cuts_of(self._tokenizer)
 
     def _check_done(self) -> None:
         for source, known in zip(self.sources, self.done):
@@ -175,6 +167,8 @@ class TextRun:
         for place, encoded in in_order(self._reader.read(), work, workers=self._workers):
             self._write(place, encoded)
             self._progress.update(place.bytes_read, tokens=self._tokens)
+            if place.number % _TRIM_EVERY == 0:
+                give_back_memory()
             if place.piece.ends and self._journal.is_due():
                 self._journal.note(self._state(place), self._shards.handles())
         self._progress.finish()
