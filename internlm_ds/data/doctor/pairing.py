@@ -50,12 +50,13 @@ def compare(path: str, lines: Lines, offsets: IntArray, lengths: IntArray) -> It
     owner, right = _owners(lines, offsets)
     wrong = np.flatnonzero(~right & ~_within_bad_lines(lines, offsets))
     changed = _first_of_another_state(wrong, len(offsets))
-    if changed < len(offsets):
-        yield _another_state(path, lines, offsets, wrong, int(_expected_lines(owner, right)[wrong[0]]))
-        wrong = wrong[wrong < changed]
-    elif not len(wrong):
+    if not len(wrong):
         yield from _missing_rows(path, lines, offsets, owner[right])
-    yield from _wrong_offsets(path, lines, offsets, wrong, _expected_lines(owner, right))
+    else:
+        expected = _expected_lines(owner, right)
+        if changed < len(offsets):
+            yield _another_state(path, lines, offsets, wrong, int(expected[wrong[0]]))
+        yield from _wrong_offsets(path, lines, offsets, wrong[wrong < changed], expected)
     yield from _wrong_lengths(path, lines, lengths[:changed], owner[:changed], right[:changed])
 
 

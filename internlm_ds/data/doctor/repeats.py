@@ -54,8 +54,7 @@ def find_repeat(digests: npt.NDArray[np.uint64], *, kernels: Any = None) -> Repe
     if count < 2 * FEWEST_PART:
         return None
     backwards = matches(digests[::-1].copy())
-    sizes = np.arange(count)
-    squares = np.flatnonzero((backwards >= sizes) & (sizes >= FEWEST_PART))
+    squares = np.flatnonzero(backwards[FEWEST_PART:] >= np.arange(FEWEST_PART, count)) + FEWEST_PART
     size = int(squares[-1]) if len(squares) else 0
     if size and _is_real(digests[count - size :], whole=False, length=size):
         return Repeat(count - size, count - 2 * size, 1)

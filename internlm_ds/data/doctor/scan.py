@@ -1,7 +1,7 @@
 """Scanning many bins at once: blocks of whole lines, threads, columns put together in order.
 
-Memory is a few blocks and 32 bytes a sample. Blocks are read, not mapped, so a file that is cut short while it is
-looked at is an error and no crash.
+Memory is a few blocks and 32 bytes a sample, twice that for a moment when a file is put together. Blocks are read, not
+mapped, so a file that is cut short while it is looked at is an error and no crash.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def scan_bins(
                     done(parts[-1])
                 except OSError as error:
                     failed = error
-            yield failed or join(parts)
+            whole = failed or join(parts)
+            parts = []  # not held while the caller looks at the whole
+            yield whole
 
 
 def measure_for(paths: Sequence[str], engine: Engine) -> Callable[[memoryview], Lines]:
