@@ -13,6 +13,8 @@ from internlm_ds.data import binmeta, record
 from internlm_ds.data.run_batches import RunBatches, as_text
 from internlm_ds.data.trainset import open_sampler, open_train_set
 from internlm_ds.errors import DataFormatError, TokenizerError
+from internlm_ds.preprocess.decode import open_decoder
+from internlm_ds.preprocess.train_tokenizer import train_tokenizer
 
 
 @pytest.fixture
@@ -109,6 +111,19 @@ def test_printed(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     ]
     assert out.endswith('to leave these batches out: data.skip_batches = "3,6,8"\n')
     assert err == "no text is shown without --tokenizer MODEL; these were made with t.model\n"
+
+
+def test_texts_of_a_tokenizer(run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = run.parent / "tiny.model"
+    train_tokenizer(["the cat sat on the mat, the dog sat on the log. " * 20], path, vocab_size=300)
+    monkeypatch.setenv("INTERNLM_DS_TOKENIZER", str(path))
+    assert run_show_run(str(run), step=2, as_json=True) == 0
+    out, err = capsys.readouterr()
+    decoder = open_decoder(str(path))
+    for pack in json.loads(out)["batches"][0]["ranks"][0]:
+        (document,) = pack["documents"]
+        assert document["text"] == decoder.text([10 * (document["line"] - 1) + place for place in range(1, 5)])
+    assert err == ""
 
 
 @pytest.mark.parametrize(
