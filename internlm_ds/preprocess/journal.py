@@ -71,16 +71,19 @@ class Journal:
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What is not the same in two plans, in the words of the command line."""
-    return [
-        f"{key} was {_shown(then.get(key))}, now {_shown(value)}"
-        for key, value in now.items()
-        if then.get(key) != value
-    ]
+    return [_difference(key, then.get(key), value) for key, value in now.items() if then.get(key) != value]
+
+
+def _difference(key: str, then: Any, now: Any) -> str:
+    if isinstance(then, list) and isinstance(now, list):
+        changes = [f"{_shown(gone)} not any more" for gone in then if gone not in now]
+        changes += [f"{_shown(new)} is new" for new in now if new not in then]
+        return f"{key}: {', '.join(changes[:4]) or 'another order'}"
+    return f"{key} was {_shown(then)}, now {_shown(now)}"
 
 
 def _shown(value: Any) -> str:
-    text = "not given" if value is None else str(value)
-    return text if len(text) <= 120 else text[:117] + "..."
+    return "not given" if value is None else str(value)
 
 
 def check_same_plan(then: Mapping[str, Any], now: Mapping[str, Any], *, path: str) -> None:

@@ -152,7 +152,7 @@ class TextTask:
             "--append": self.append,
             "--shard-size": work.shard_bytes,
             "--verify": work.verify,
-            "the inputs": [f"{source.path} ({source.num_bytes} bytes)" for source in self.sources],
+            "inputs": [f"{source.path} ({source.num_bytes} bytes)" for source in self.sources],
             "the block size": work.block_bytes,
             "the journal's format": 1,
         }

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from internlm_ds.cli.main import main
+from internlm_ds.cli.preprocess_text import size_in_bytes
 from internlm_ds.data.binmeta import Reader
 from internlm_ds.preprocess.train_tokenizer import train_tokenizer
 
@@ -70,6 +71,26 @@ def test_text_command_takes_globs_compression_and_all_options(model, capsys):
     assert len(Reader("en/a.bin")) == 5
     assert main(["preprocess", "text", "a.txt", "--output", "en/a.bin", "--overwrite", *options]) == 0
     assert len(Reader("en/a.bin")) == 2
+
+
+def test_text_command_shards_resumes_and_verifies(model, capsys):
+    command = ["preprocess", "text", "*.txt", "--output", "en/a.bin", "--tokenizer", model, "--resume"]
+    command += ["--shard-size", "0.01K", "--workers", "2", "--verify"]
+    assert main(command) == 0
+    assert capsys.readouterr().out.startswith("en/a-00000.bin and 1 more: 2 samples, ")
+    assert main(command) == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("en/a-00000.bin and 1 more: complete already, 2 samples, ") and printed.err == ""
+    assert [len(Reader(f"en/a-0000{i}.bin")) for i in range(2)] == [1, 1]
+    code, err = failure(capsys, *command, "--bos")
+    assert code == 2 and "bos was False, now True. --overwrite replaces it" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("1", 1), ("10", 10), ("500K", 512_000), ("1.5k", 1536), ("2G", 1 << 31), ("64M", 1 << 26)]
+)
+def test_sizes(text, size):
+    assert size_in_bytes(text) == size
 
 
 def test_bos_and_eos_are_off_by_default_and_on_with_compat(model):
@@ -182,6 +203,13 @@ def test_custom_command_uses_the_function(model, capsys):
         (["text", "a.txt"], "the following arguments are required: --output"),
         (["text", "a.txt", "--output", "a.bin", "--append", "--overwrite"], "not allowed with argument --append"),
         (["text", "a.txt", "--output", "a.bin", "--compat", "other"], "invalid choice: 'other'"),
+        (
+            ["text", "a.txt", "--output", "a.bin", "--shard-size", "2X"],
+            "'2X' is no size; write bytes, or 500K, 64M, 2G",
+        ),
+        (["text", "a.txt", "--output", "en/a.bin", "--workers", "0"], "--workers 0: at least 1"),
+        (["text", "a.txt", "--output", "en/a.bin", "--engine", "fast"], "invalid choice: 'fast'"),
+        (["text", "a.txt", "--output", "en/a.bin", "--append", "--resume"], "--append and --resume exclude each other"),
         (["alpaca", "a.txt", "out"], "DataFormatError: a.txt, line 1: a .json input is one list"),
         (["alpaca", "alpaca.json", "out", "--split-ratio", "2"], "--split-ratio 2.0: a share between 0 and 1"),
         (["alpaca", "alpaca.json", "out", "--split-ratio", "x"], "invalid float value: 'x'"),
