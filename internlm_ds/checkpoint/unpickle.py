@@ -17,6 +17,7 @@ import pickle
 import pickletools
 import struct
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,11 @@ _OPCODES = {
 _PIECE_BYTES = 1 << 20
 _NAME_LENGTH_AT = 26
 """Of a zip file's local header: two bytes each for the lengths of name and extra field, the content behind both."""
+# what zipfile raises on a broken archive, a flipped bit in a flag ("encrypted") or in a name included
+_BROKEN_ZIP = (
+    *(zipfile.BadZipFile, OSError, struct.error, zlib.error),
+    *(ValueError, NotImplementedError, RuntimeError, EOFError, IndexError, OverflowError),
+)
 _MOST_INDICES = 2**40
 _MOST_EXPANDED = 2**20
 _MEMO_WRITES = {"PUT", "BINPUT", "LONG_BINPUT"}
@@ -109,7 +115,7 @@ class _Archive:
             raise CheckpointError(f"{path} does not exist") from None
         except IsADirectoryError:
             raise CheckpointError(f"{path} is a folder, not a file of torch.save") from None
-        except (zipfile.BadZipFile, OSError) as error:
+        except _BROKEN_ZIP as error:
             raise _not_an_archive(path, error) from error
         programs = [name for name in self.sizes if name.endswith("data.pkl") and name.count("/") <= 1]
         if len(programs) != 1 or packed or any("/code/" in name for name in self.sizes):
@@ -144,7 +150,7 @@ class _Archive:
                 return buffer
         except KeyError:
             raise CheckpointDamagedError(f"{self.path}: its record {name!r} is missing") from None
-        except (zipfile.BadZipFile, OSError) as error:
+        except _BROKEN_ZIP as error:
             raise CheckpointDamagedError(f"{self.path}: its record {name!r} is damaged: {error}") from error
 
     def read_range(self, name: str, start: int, num_bytes: int) -> bytes:
@@ -171,7 +177,7 @@ class _Archive:
                 return item.header_offset + _NAME_LENGTH_AT + 4 + name_bytes + extra_bytes
         except KeyError:
             raise CheckpointDamagedError(f"{self.path}: its record {name!r} is missing") from None
-        except (zipfile.BadZipFile, OSError, struct.error) as error:
+        except _BROKEN_ZIP as error:
             raise CheckpointDamagedError(f"{self.path}: its record {name!r} is damaged: {error}") from error
 
 
