@@ -39,10 +39,14 @@ class Ratio:
 
 @dataclass(frozen=True)
 class Finished:
-    """A process that has ended: seconds from its start to its end, and its largest resident memory."""
+    """A process that has ended: seconds from its start to its end, its largest resident memory, seconds of processor.
+
+    The last is what a busy machine moves least.
+    """
 
     seconds: float
     peak_mb: float
+    cpu_seconds: float
 
 
 def in_turn(contestants: Mapping[str, Measure], *, rounds: int) -> dict[str, list[float]]:
@@ -93,7 +97,7 @@ def process(command: Sequence[str], *, environ: Mapping[str, str] | None = None)
     if child.returncode:
         raise subprocess.CalledProcessError(child.returncode, command, stderr=errors.decode(errors="replace"))
     kilo = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes
-    return Finished(taken, usage.ru_maxrss * kilo / 1e6)
+    return Finished(taken, usage.ru_maxrss * kilo / 1e6, usage.ru_utime + usage.ru_stime)
 
 
 def facts(args: argparse.Namespace, *, packages: Sequence[str]) -> dict[str, Any]:
