@@ -70,39 +70,41 @@ class FastRows:
 
     def _encode(self, block: TextBlock, cache: _Segments, scratch: _Scratch) -> Rows:
         text = np.frombuffer(block.text, dtype=np.uint8)
-        begins, ends = (_read_only(np.ascontiguousarray(a, dtype=np.int64)) for a in (block.begins, block.ends))
+        begins, ends = (np.ascontiguousarray(a, dtype=np.int64) for a in (block.begins, block.ends))
         sizes, lengths = np.empty(len(block), np.int64), np.empty(len(block), np.int64)
-        state = np.zeros(8, np.int64)
-        state[kernel.PLACE] = state[kernel.LARGEST] = -1
+        state = _numbers(kernel.State())
         out = self._buffer(len(block) * 64 + len(text) * 5 // 2)
         while True:
-            place = (_address(out), len(out) - kernel.SLACK)
-            code = self._function(
-                *(_address(text), len(text), begins, ends, self._frame, self._places),
-                *(cache.places, scratch.places, *place, sizes, lengths, state),
+            call = _numbers(
+                kernel.Call(
+                    *(_address(text), len(text), _address(begins), _address(ends), len(block)),
+                    *(_address(out), len(out) - kernel.SLACK, _address(sizes), _address(lengths)),
+                    *map(_address, (self._frame, self._places, cache.places, scratch.places, state)),
+                )
             )
+            code = self._function(_address(call))
+            now = kernel.State(*state.tolist())
             if code == kernel.DONE:
-                break
+                return Rows(self._lent(out, now.out), sizes, lengths, now.largest)
             if code == kernel.GROW:
-                out = self._grown(out, used=int(state[kernel.OUT]))
+                out = self._grown(out, used=now.out)
             else:
-                out = self._append_leftover(block.text, out, state)
-        return Rows(self._lent(out, int(state[kernel.OUT])), sizes, lengths, int(state[kernel.LARGEST]))
+                out, after = self._append_leftover(block.text, out, now)
+                state[:] = after
 
-    def _append_leftover(self, text: Any, out: Array, state: Array) -> Array:
+    def _append_leftover(self, text: Any, out: Array, state: kernel.State) -> tuple[Array, kernel.State]:
         """Let sentencepiece encode the segment at which the kernel stopped, and step over it."""
-        begin, end = int(state[kernel.PLACE]), int(state[kernel.SEGMENT_END])
-        (ids,) = self._encoder.encode([bytes(text[begin:end]).decode()])
-        finished = _finished(ids)
-        place = int(state[kernel.OUT])
+        (ids,) = self._encoder.encode([bytes(text[state.place : state.segment_end]).decode()])
+        finished, place = _finished(ids), state.out
         while place + len(finished) + kernel.MAX_FINISHED > len(out):
             out = self._grown(out, used=place)
         out[place : place + len(finished)] = np.frombuffer(finished, dtype=np.uint8)
-        state[kernel.OUT] += len(finished)
-        state[kernel.TOKENS] += len(ids)
-        state[kernel.LARGEST] = max(int(state[kernel.LARGEST]), max(ids, default=-1))
-        state[kernel.PLACE] = end
-        return out
+        return out, state._replace(
+            place=state.segment_end,
+            out=place + len(finished),
+            tokens=state.tokens + len(ids),
+            largest=max(state.largest, max(ids, default=-1)),
+        )
 
     def _buffer(self, num_bytes: int) -> Array:
         """A buffer of at least so many bytes, a used one where there is: its pages are already ours."""
@@ -138,13 +140,16 @@ class _Segments:
         pool, self._pool = _aligned(_POOL_BYTES)
         counters, self._counters = _aligned(24)
         most = slots - slots // 4, _LONG_SLOTS // 2
-        self.places = segments.Cache(short, slots, most[0], long, _LONG_SLOTS, most[1], pool, _POOL_BYTES, counters)
+        self._most = most
+        self.places = _numbers(
+            segments.Cache(short, slots, most[0], long, _LONG_SLOTS, most[1], pool, _POOL_BYTES, counters)
+        )
 
     @property
     def is_full(self) -> bool:
         """Whether new segments find no room."""
         short, long, pool = np.frombuffer(self._counters, dtype=np.int64, count=3).tolist()
-        return bool(short >= self.places.most_short or long >= self.places.most_long or pool >= _POOL_BYTES)
+        return bool(short >= self._most[0] or long >= self._most[1] or pool >= _POOL_BYTES)
 
 
 class _Scratch:
@@ -155,7 +160,7 @@ class _Scratch:
         finished = np.zeros(kernel.MAX_FINISHED + kernel.SLACK, np.uint8)
         self._arrays = [*symbols, finished]
         ids, starts, merged, ranks = map(_address, symbols)
-        self.places = Scratch(ids, starts, merged, ranks, _address(finished))
+        self.places = _numbers(Scratch(ids, starts, merged, ranks, _address(finished)))
 
 
 def _aligned(num_bytes: int) -> tuple[int, Array]:
@@ -165,32 +170,28 @@ def _aligned(num_bytes: int) -> tuple[int, Array]:
     return _address(array) + skipped, array[skipped : skipped + num_bytes]
 
 
-def _places(tables: Tables) -> Places:
+def _places(tables: Tables) -> Array:
     numbers = {name: _address(array) for name, array in tables._asdict().items()}
-    return Places(
-        **numbers, num_codes=len(tables.classes), num_slots=len(tables.merges), num_pieces=len(tables.id_texts)
-    )
+    sizes = {"num_codes": len(tables.classes), "num_slots": len(tables.merges), "num_pieces": len(tables.id_texts)}
+    return _numbers(Places(**numbers, **sizes))
 
 
-def _frame(before: Sequence[int], behind: Sequence[int]) -> tuple[kernel.Frame, list[Array]]:
+def _frame(before: Sequence[int], behind: Sequence[int]) -> tuple[Array, list[Array]]:
     """The frame, and what its addresses point to."""
     texts = [_LINE_BEGIN + _finished(before), _finished(behind)]
     padded = [np.frombuffer(text + b"\0" * kernel.SLACK, dtype=np.uint8) for text in texts]
     first, last = map(_address, padded)
     largest = max([*before, *behind], default=-1)
     frame = kernel.Frame(first, len(texts[0]), last, len(texts[1]), len(before) + len(behind), largest)
-    return frame, padded
+    return _numbers(frame), padded
 
 
 def _finished(ids: Sequence[int]) -> bytes:
     return "".join([f"{i}, " for i in ids]).encode()
 
 
-def _read_only(array: Array) -> Array:
-    """numba compiles for writable and read-only arrays apart; one of them is enough."""
-    view: Array = array.view()
-    view.flags.writeable = False
-    return view
+def _numbers(values: Sequence[int]) -> Array:
+    return np.array(values, dtype=np.int64)
 
 
 def _address(array: Array) -> int:

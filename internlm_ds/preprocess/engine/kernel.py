@@ -17,19 +17,56 @@ from typing import Any, NamedTuple
 
 from numba import njit
 
-from internlm_ds.preprocess.engine.memory import byte_at, put_word, word_at
-from internlm_ds.preprocess.engine.merging import code_at, inner, outer, user_piece
-from internlm_ds.preprocess.engine.segments import SHORT, copy_words, long_segment, short_segment
+from internlm_ds.preprocess.engine.memory import byte_at, numbers_at, put_word, word_at
+from internlm_ds.preprocess.engine.merging import Places, Scratch, code_at, inner, outer, user_piece
+from internlm_ds.preprocess.engine.segments import SHORT, Cache, copy_words, long_segment, short_segment
 
 DONE, LEFTOVER, GROW = 0, 1, 2
 MAX_SEGMENT = 512  # bytes
 SLACK = 64  # bytes that may be read or written behind a buffer's end
 MAX_FINISHED = 8 * MAX_SEGMENT
 
-# fields of `state`
-TEXT, PLACE, OUT, ROW, TOKENS, LARGEST, SEGMENT_END, STAMP = range(8)
 _MASK32 = 0xFFFFFFFF
 _ROW_MASK = 0x7FFFFFFF
+
+
+class Call(NamedTuple):
+    """One call: addresses and sizes of text, borders (int64 each), room for rows and for their sizes and lengths.
+
+    Attributes:
+        frame, tables, cache, scratch, state: Addresses of such tuples, as int64 numbers.
+        capacity: Bytes of `out` that may be filled; `SLACK` more can be written.
+    """
+
+    text: int
+    text_size: int
+    begins: int
+    ends: int
+    num_texts: int
+    out: int
+    capacity: int
+    sizes: int
+    lengths: int
+    frame: int
+    tables: int
+    cache: int
+    scratch: int
+    state: int
+
+
+class State(NamedTuple):
+    """Where a call goes on: text, place in it (-1: at its begin), bytes out; the row's begin and tokens; largest id.
+
+    `segment_end` is the end of a leftover that begins at `place`.
+    """
+
+    text: int = 0
+    place: int = -1
+    out: int = 0
+    row: int = 0
+    tokens: int = 0
+    largest: int = -1
+    segment_end: int = 0
 
 
 class Frame(NamedTuple):
@@ -79,17 +116,21 @@ def _segment_end(text, p, end, word, size, tables):
 
 
 @outer
-def _encode(text, text_size, begins, ends, frame, tables, cache, scratch, out, capacity, sizes, lengths, state):
+def _encode(job):
     """See `encode_block`."""
-    largest, o, row, tokens = state[LARGEST], state[OUT], state[ROW], state[TOKENS]
-    p = state[PLACE]
-    for i in range(state[TEXT], len(begins)):
-        end = ends[i]
+    call = numbers_at(job, 0, Call)
+    frame, tables = numbers_at(call.frame, 0, Frame), numbers_at(call.tables, 0, Places)
+    cache, scratch = numbers_at(call.cache, 0, Cache), numbers_at(call.scratch, 0, Scratch)
+    text, out = call.text, call.out
+    state = numbers_at(call.state, 0, State)
+    p, o, row, tokens, largest = state.place, state.out, state.row, state.tokens, state.largest
+    for i in range(state.text, call.num_texts):
+        end = word_at(call.ends, i << 3)
+        code = DONE
         if p < 0:
-            if o + frame.before_size + frame.behind_size + SLACK > capacity:
-                state[TEXT], state[PLACE], state[OUT], state[LARGEST] = i, p, o, largest
-                return GROW
-            p, row = begins[i], o
+            if o + frame.before_size + frame.behind_size + SLACK > call.capacity:
+                return _stopped(GROW, call.state, i, p, o, row, tokens, largest, end)
+            p, row = word_at(call.begins, i << 3), o
             copy_words(frame.before, frame.before_size, out + o)
             o, tokens = o + frame.before_size, frame.tokens
         word, size = 0, 1
@@ -97,17 +138,14 @@ def _encode(text, text_size, begins, ends, frame, tables, cache, scratch, out, c
             word, size = _class_at(text, p, tables)
         while p < end:
             q, word, size = _segment_end(text, p, end, word, size, tables)
-            code = DONE
             if byte_at(text, p) == 0 or q - p > MAX_SEGMENT:
                 code = LEFTOVER
-            elif o + MAX_FINISHED + frame.behind_size + SLACK > capacity:
+            elif o + MAX_FINISHED + frame.behind_size + SLACK > call.capacity:
                 code = GROW
             if code != DONE:
-                state[TEXT], state[PLACE], state[OUT], state[ROW], state[TOKENS] = i, p, o, row, tokens
-                state[LARGEST], state[SEGMENT_END] = largest, q
-                return code
+                return _stopped(code, call.state, i, p, o, row, tokens, largest, q)
             if q - p <= SHORT:
-                finished, facts = short_segment(text, p, q, text_size, tables, cache, scratch)
+                finished, facts = short_segment(text, p, q, call.text_size, tables, cache, scratch)
             else:
                 finished, facts = long_segment(text, p, q, tables, cache, scratch)
             count = facts & 0xFFFF
@@ -126,33 +164,39 @@ def _encode(text, text_size, begins, ends, frame, tables, cache, scratch, out, c
             o -= 2  # the last ", "
         put_word(out, o, 0x0A7D5D)  # "]}" and a line end
         o += 3
-        sizes[i], lengths[i] = o - row, tokens
+        put_word(call.sizes, i << 3, o - row)
+        put_word(call.lengths, i << 3, tokens)
         p = -1
-    state[OUT], state[LARGEST] = o, largest
-    return DONE
+    return _stopped(DONE, call.state, call.num_texts, p, o, row, tokens, largest, 0)
+
+
+@inner
+def _stopped(code, state, text, place, out, row, tokens, largest, segment_end):
+    put_word(state, 0, text)
+    put_word(state, 8, place)
+    put_word(state, 16, out)
+    put_word(state, 24, row)
+    put_word(state, 32, tokens)
+    put_word(state, 40, largest)
+    put_word(state, 48, segment_end)
+    return code
+
+
+def digest_of_sources() -> bytes:
+    """Changes when the compiled code may."""
+    names = ("kernel", "memory", "merging", "segments", "tables")
+    sources = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in names]
+    return hashlib.sha256(b"".join(sources)).digest()
 
 
 @cache
 def encode_block() -> Any:
-    """The compiled loop; numba keeps its code on disk.
-
-    It takes (text, text_size, begins, ends, frame, tables, cache, scratch, out, capacity, sizes, lengths, state): text
-    read-only bytes, begins and ends read-only, sizes and lengths int64 to be filled, `state` as the fields above say,
-    PLACE -1 where no text is under way. `out` must hold `capacity` bytes and `SLACK` more.
-    """
+    """The compiled loop: takes the address of a `Call`, returns why it stopped. numba keeps its code on disk."""
     # numba looks at this file's time only and would keep code of older helpers
-    stamp = int.from_bytes(_digest_of_sources()[:4], "little")
+    stamp = int.from_bytes(digest_of_sources()[:4], "little")
 
-    @njit(nogil=True, cache=True, error_model="numpy")
-    def encode_block(text, size, begins, ends, frame, tables, cache, scratch, out, capacity, sizes, lengths, state):
-        state[STAMP] = stamp
-        return _encode(text, size, begins, ends, frame, tables, cache, scratch, out, capacity, sizes, lengths, state)
+    @njit("int64(int64)", nogil=True, cache=True, error_model="numpy")
+    def encode_block(job):
+        return _encode(job) if stamp >= 0 else -1
 
     return encode_block
-
-
-def _digest_of_sources() -> bytes:
-    sources = sorted(
-        Path(__file__).with_name(f"{name}.py") for name in ("kernel", "memory", "merging", "segments", "tables")
-    )
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sources)).digest()

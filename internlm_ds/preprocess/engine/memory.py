@@ -77,6 +77,19 @@ def put_byte(typing: Any, base: Any, offset: Any, value: Any) -> Any:
     return types.void(types.int64, types.int64, types.int64), generate
 
 
+@intrinsic
+def numbers_at(typing: Any, base: Any, offset: Any, kind: Any) -> Any:
+    """The int64 numbers from an offset on, as a named tuple of this class."""
+    result = types.NamedUniTuple(types.int64, len(kind.instance_class._fields), kind.instance_class)
+
+    def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        places = (builder.add(args[1], ir.Constant(_WORD, 8 * i)) for i in range(result.count))
+        words = [builder.load(_pointer(builder, args[0], place, _WORD), align=8) for place in places]
+        return context.make_tuple(builder, result, words)
+
+    return result(types.int64, types.int64, kind), generate
+
+
 # ---- between threads: what is stored before `publish` is seen by whoever sees what was published -------------------
 
 
