@@ -94,7 +94,7 @@ def model(tokenizer):
 def engines(tokenizer, tmp_path_factory):
     """sentencepiece, and the others."""
     before = os.environ.get("XDG_CACHE_HOME")
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.getbasetemp() / "engine-cache")
     try:
         words: list[str] = []
         found = {name: select.row_encoder(tokenizer, engine=name, warn=words.append) for name in select.ENGINES[1:]}

@@ -1,6 +1,6 @@
 """Rows by the compiled kernel: one cache for all threads, buffers that are used again, leftovers to sentencepiece.
 
-Imports numba, through `kernel`; `select` imports this when it has decided.
+`machine_code` has the kernel, `calls` what is handed to it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from internlm_ds.preprocess.engine import kernel, segments
-from internlm_ds.preprocess.engine.merging import Places, Scratch
+from internlm_ds.preprocess.engine import calls, machine_code
 from internlm_ds.preprocess.engine.tables import Array, Tables
 from internlm_ds.preprocess.rows import Rows, TextBlock
 from internlm_ds.preprocess.tokenizers import Encoder
@@ -24,7 +23,7 @@ _LINE_BEGIN = b'{"tokens": ['
 
 
 class FastRows:
-    """`RowEncoder` over the kernel.
+    """`RowEncoder` over the calls.
 
     Args:
         tables: Of the model.
@@ -49,7 +48,7 @@ class FastRows:
         self._encoder = encoder
         self._frame, self._frame_texts = _frame(before, behind)
         self._slots = slots
-        self._function = kernel.encode_block()
+        self._function = machine_code.encode_block()
         self._cache = _Segments(slots)
         self._idle: deque[_Scratch] = deque()
         self._buffers: deque[Array] = deque(maxlen=64)
@@ -72,31 +71,31 @@ class FastRows:
         text = np.frombuffer(block.text, dtype=np.uint8)
         begins, ends = (np.ascontiguousarray(a, dtype=np.int64) for a in (block.begins, block.ends))
         sizes, lengths = np.empty(len(block), np.int64), np.empty(len(block), np.int64)
-        state = _numbers(kernel.State())
+        state = _numbers(calls.State())
         out = self._buffer(len(block) * 64 + len(text) * 5 // 2)
         while True:
             call = _numbers(
-                kernel.Call(
+                calls.Call(
                     *(_address(text), len(text), _address(begins), _address(ends), len(block)),
-                    *(_address(out), len(out) - kernel.SLACK, _address(sizes), _address(lengths)),
+                    *(_address(out), len(out) - calls.SLACK, _address(sizes), _address(lengths)),
                     *map(_address, (self._frame, self._places, cache.places, scratch.places, state)),
                 )
             )
             code = self._function(_address(call))
-            now = kernel.State(*state.tolist())
-            if code == kernel.DONE:
+            now = calls.State(*state.tolist())
+            if code == calls.DONE:
                 return Rows(self._lent(out, now.out), sizes, lengths, now.largest)
-            if code == kernel.GROW:
+            if code == calls.GROW:
                 out = self._grown(out, used=now.out)
             else:
                 out, after = self._append_leftover(block.text, out, now)
                 state[:] = after
 
-    def _append_leftover(self, text: Any, out: Array, state: kernel.State) -> tuple[Array, kernel.State]:
+    def _append_leftover(self, text: Any, out: Array, state: calls.State) -> tuple[Array, calls.State]:
         """Let sentencepiece encode the segment at which the kernel stopped, and step over it."""
         (ids,) = self._encoder.encode([bytes(text[state.place : state.segment_end]).decode()])
         finished, place = _finished(ids), state.out
-        while place + len(finished) + kernel.MAX_FINISHED > len(out):
+        while place + len(finished) + calls.MAX_FINISHED > len(out):
             out = self._grown(out, used=place)
         out[place : place + len(finished)] = np.frombuffer(finished, dtype=np.uint8)
         return out, state._replace(
@@ -108,7 +107,7 @@ class FastRows:
 
     def _buffer(self, num_bytes: int) -> Array:
         """A buffer of at least so many bytes, a used one where there is: its pages are already ours."""
-        needed = num_bytes + 4 * kernel.MAX_FINISHED
+        needed = num_bytes + 4 * calls.MAX_FINISHED
         for _ in range(len(self._buffers)):
             try:
                 buffer = self._buffers.pop()
@@ -135,14 +134,14 @@ class _Segments:
     """A cache and its memory."""
 
     def __init__(self, slots: int):
-        short, self._short = _aligned(slots * segments.SLOT)
-        long, self._long = _aligned(_LONG_SLOTS * segments.LONG_SLOT)
+        short, self._short = _aligned(slots * calls.SLOT)
+        long, self._long = _aligned(_LONG_SLOTS * calls.LONG_SLOT)
         pool, self._pool = _aligned(_POOL_BYTES)
         counters, self._counters = _aligned(24)
         most = slots - slots // 4, _LONG_SLOTS // 2
         self._most = most
         self.places = _numbers(
-            segments.Cache(short, slots, most[0], long, _LONG_SLOTS, most[1], pool, _POOL_BYTES, counters)
+            calls.Cache(short, slots, most[0], long, _LONG_SLOTS, most[1], pool, _POOL_BYTES, counters)
         )
 
     @property
@@ -156,11 +155,11 @@ class _Scratch:
     """What one call needs for itself while it runs."""
 
     def __init__(self) -> None:
-        symbols = [np.zeros(kernel.MAX_SEGMENT + 8, np.int64) for _ in range(4)]
-        finished = np.zeros(kernel.MAX_FINISHED + kernel.SLACK, np.uint8)
+        symbols = [np.zeros(calls.MAX_SEGMENT + 8, np.int64) for _ in range(4)]
+        finished = np.zeros(calls.MAX_FINISHED + calls.SLACK, np.uint8)
         self._arrays = [*symbols, finished]
         ids, starts, merged, ranks = map(_address, symbols)
-        self.places = _numbers(Scratch(ids, starts, merged, ranks, _address(finished)))
+        self.places = _numbers(calls.Scratch(ids, starts, merged, ranks, _address(finished)))
 
 
 def _aligned(num_bytes: int) -> tuple[int, Array]:
@@ -173,16 +172,16 @@ def _aligned(num_bytes: int) -> tuple[int, Array]:
 def _places(tables: Tables) -> Array:
     numbers = {name: _address(array) for name, array in tables._asdict().items()}
     sizes = {"num_codes": len(tables.classes), "num_slots": len(tables.merges), "num_pieces": len(tables.id_texts)}
-    return _numbers(Places(**numbers, **sizes))
+    return _numbers(calls.Places(**numbers, **sizes))
 
 
 def _frame(before: Sequence[int], behind: Sequence[int]) -> tuple[Array, list[Array]]:
     """The frame, and what its addresses point to."""
     texts = [_LINE_BEGIN + _finished(before), _finished(behind)]
-    padded = [np.frombuffer(text + b"\0" * kernel.SLACK, dtype=np.uint8) for text in texts]
+    padded = [np.frombuffer(text + b"\0" * calls.SLACK, dtype=np.uint8) for text in texts]
     first, last = map(_address, padded)
     largest = max([*before, *behind], default=-1)
-    frame = kernel.Frame(first, len(texts[0]), last, len(texts[1]), len(before) + len(behind), largest)
+    frame = calls.Frame(first, len(texts[0]), last, len(texts[1]), len(before) + len(behind), largest)
     return _numbers(frame), padded
 
 

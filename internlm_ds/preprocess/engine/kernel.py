@@ -3,81 +3,39 @@
 A segment is a stretch of text between two cuts (see `tables`); its ids depend on nothing outside it. Segments repeat,
 so the finished text of their ids, `"12, 345, "`, is kept and a row is made by copying. Three ends of a call: `DONE`;
 `LEFTOVER`, a segment that is not ours (NUL, or over-long), for the caller to append before it calls again; `GROW`, the
-output is too small. The loop continues where it was. Imports numba: only `fast_rows` imports this.
+output is too small. The loop continues where it was. Imports numba: only `machine_code` imports this, when it has to.
 
 Everything is int64: shifts to the right drag the sign in and are masked.
 """
 
 from __future__ import annotations
 
-import hashlib
 from functools import cache
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from numba import njit
 
+from internlm_ds.preprocess.engine.calls import (
+    DONE,
+    GROW,
+    LEFTOVER,
+    MAX_FINISHED,
+    MAX_SEGMENT,
+    SHORT,
+    SLACK,
+    Cache,
+    Call,
+    Frame,
+    Places,
+    Scratch,
+    State,
+)
 from internlm_ds.preprocess.engine.memory import byte_at, numbers_at, put_word, word_at
-from internlm_ds.preprocess.engine.merging import Places, Scratch, code_at, inner, outer, user_piece
-from internlm_ds.preprocess.engine.segments import SHORT, Cache, copy_words, long_segment, short_segment
-
-DONE, LEFTOVER, GROW = 0, 1, 2
-MAX_SEGMENT = 512  # bytes
-SLACK = 64  # bytes that may be read or written behind a buffer's end
-MAX_FINISHED = 8 * MAX_SEGMENT
+from internlm_ds.preprocess.engine.merging import code_at, inner, outer, user_piece
+from internlm_ds.preprocess.engine.segments import copy_words, long_segment, short_segment
 
 _MASK32 = 0xFFFFFFFF
 _ROW_MASK = 0x7FFFFFFF
-
-
-class Call(NamedTuple):
-    """One call: addresses and sizes of text, borders (int64 each), room for rows and for their sizes and lengths.
-
-    Attributes:
-        frame, tables, cache, scratch, state: Addresses of such tuples, as int64 numbers.
-        capacity: Bytes of `out` that may be filled; `SLACK` more can be written.
-    """
-
-    text: int
-    text_size: int
-    begins: int
-    ends: int
-    num_texts: int
-    out: int
-    capacity: int
-    sizes: int
-    lengths: int
-    frame: int
-    tables: int
-    cache: int
-    scratch: int
-    state: int
-
-
-class State(NamedTuple):
-    """Where a call goes on: text, place in it (-1: at its begin), bytes out; the row's begin and tokens; largest id.
-
-    `segment_end` is the end of a leftover that begins at `place`.
-    """
-
-    text: int = 0
-    place: int = -1
-    out: int = 0
-    row: int = 0
-    tokens: int = 0
-    largest: int = -1
-    segment_end: int = 0
-
-
-class Frame(NamedTuple):
-    """What stands around the ids of a row: bytes before and behind (address, size), their tokens and largest id."""
-
-    before: int
-    before_size: int
-    behind: int
-    behind_size: int
-    tokens: int
-    largest: int
 
 
 @inner
@@ -117,7 +75,7 @@ def _segment_end(text, p, end, word, size, tables):
 
 @outer
 def _encode(job):
-    """See `encode_block`."""
+    """The loop; `job` is the address of a `Call`."""
     call = numbers_at(job, 0, Call)
     frame, tables = numbers_at(call.frame, 0, Frame), numbers_at(call.tables, 0, Places)
     cache, scratch = numbers_at(call.cache, 0, Cache), numbers_at(call.scratch, 0, Scratch)
@@ -182,21 +140,35 @@ def _stopped(code, state, text, place, out, row, tokens, largest, segment_end):
     return code
 
 
-def digest_of_sources() -> bytes:
-    """Changes when the compiled code may."""
-    names = ("kernel", "memory", "merging", "segments", "tables")
-    sources = [Path(__file__).with_name(f"{name}.py").read_bytes() for name in names]
-    return hashlib.sha256(b"".join(sources)).digest()
-
-
 @cache
-def encode_block() -> Any:
-    """The compiled loop: takes the address of a `Call`, returns why it stopped. numba keeps its code on disk."""
-    # numba looks at this file's time only and would keep code of older helpers
-    stamp = int.from_bytes(digest_of_sources()[:4], "little")
+def jitted(stamp: int) -> Any:
+    """The compiled loop as numba keeps it on disk: takes the address of a `Call`, returns why it stopped.
+
+    Args:
+        stamp: Differs where the sources do: numba looks at this file's time only and would keep code of older helpers.
+    """
 
     @njit("int64(int64)", nogil=True, cache=True, error_model="numpy")
     def encode_block(job):
         return _encode(job) if stamp >= 0 else -1
 
     return encode_block
+
+
+def compiled_object() -> tuple[str, bytes]:
+    """The loop as an object file that needs nothing else, and the name of the function in it.
+
+    It takes (address for the result, address for an exception, address of a `Call`) and returns 0 unless it failed.
+    """
+    from numba.core import compiler, types
+    from numba.core.registry import cpu_target
+
+    def encode_block(job):
+        return _encode(job)
+
+    flags = compiler.Flags()
+    flags.no_cpython_wrapper = flags.no_cfunc_wrapper = True
+    flags.error_model = "numpy"
+    contexts = (cpu_target.typing_context, cpu_target.target_context)
+    found = compiler.compile_extra(*contexts, encode_block, (types.int64,), types.int64, flags, {})
+    return found.fndesc.llvm_func_name, found.library._get_compiled_object()

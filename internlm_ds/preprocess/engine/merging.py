@@ -6,7 +6,7 @@ numba: only `kernel` imports this.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from numba import njit
 
@@ -16,34 +16,6 @@ from internlm_ds.preprocess.engine.tables import HASH_FACTOR, ID_BITS, NO_RANK
 _ID_MASK = (1 << ID_BITS) - 1
 inner: Any = njit(nogil=True, error_model="numpy", forceinline=True)  # part of the loop
 outer: Any = njit(nogil=True, error_model="numpy")  # called where it happens seldom
-
-
-class Places(NamedTuple):
-    """Addresses of a model's `Tables`, and the sizes that are asked for."""
-
-    classes: int
-    joins: int
-    char_ids: int
-    num_codes: int
-    merges: int
-    num_slots: int
-    ranks: int
-    byte_ids: int
-    trie: int
-    trie_ids: int
-    id_texts: int
-    num_pieces: int
-    id_sizes: int
-
-
-class Scratch(NamedTuple):
-    """Addresses of room for one segment: int64 numbers each, and `finished` (bytes)."""
-
-    ids: int
-    starts: int
-    merged: int
-    ranks: int
-    finished: int
 
 
 @inner

@@ -9,8 +9,7 @@ Imports numba: only `kernel` imports this.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
+from internlm_ds.preprocess.engine.calls import INLINE, LONG_SLOT, SHORT, SLACK, SLOT, USED_LONG, USED_POOL, USED_SHORT
 from internlm_ds.preprocess.engine.memory import (
     add_at,
     byte_at,
@@ -24,28 +23,8 @@ from internlm_ds.preprocess.engine.memory import (
 from internlm_ds.preprocess.engine.merging import finish, inner, outer
 from internlm_ds.preprocess.engine.tables import HASH_FACTOR
 
-# a short segment: its bytes, facts, then 40 bytes of finished text or its address in the pool
-SHORT, SLOT, INLINE = 16, 64, 40
-# a long one: hash, bytes | place in the pool << 16, facts, address of the finished text
-LONG_SLOT = 32
-USED_SHORT, USED_LONG, USED_POOL = 0, 8, 16  # offsets of the counters
-POOL_SLACK = 64
 _BEING_FILLED = -1
 _MASK32 = 0xFFFFFFFF
-
-
-class Cache(NamedTuple):
-    """Addresses, aligned to their slots; sizes in slots (powers of two) and bytes; how many slots may be used."""
-
-    short: int
-    num_short: int
-    most_short: int
-    long: int
-    num_long: int
-    most_long: int
-    pool: int
-    pool_size: int
-    counters: int
 
 
 @inner
@@ -60,7 +39,7 @@ def _pool_room(size, cache):
     """Address of so many bytes of the pool, rounded up to words; 0 if it is full."""
     rounded = (size + 7) & ~7
     place = add_at(cache.counters, USED_POOL, rounded)
-    return cache.pool + place if place + rounded + POOL_SLACK <= cache.pool_size else 0
+    return cache.pool + place if place + rounded + SLACK <= cache.pool_size else 0
 
 
 @inner

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from internlm_ds.errors import TokenizerError
-from internlm_ds.preprocess.engine import model_file, table_cache
+from internlm_ds.preprocess.engine import machine_code, model_file, table_cache
 from internlm_ds.preprocess.engine.plain_rows import PlainRows, texts_of
 from internlm_ds.preprocess.engine.tables import MAX_PIECES, Tables, build, with_user_pieces
 from internlm_ds.preprocess.rows import RowEncoder, Rows, TextBlock
@@ -22,8 +22,10 @@ from internlm_ds.preprocess.tokenizers import PlainEncoder, ReferenceEncoder, To
 
 EngineName = Literal["auto", "compiled", "arrays", "sentencepiece"]
 ENGINES: tuple[EngineName, ...] = get_args(EngineName)
-# below this importing numba and its code takes longer than sentencepiece takes for the text
-SMALL_INPUT_BYTES = 4_000_000
+# below this an engine's own start takes longer than sentencepiece takes for the text
+SMALL_INPUT_BYTES = 500_000
+# and below this compiling it does, once for a machine
+COMPILED_FOR_BYTES = 8_000_000
 _SAMPLE_CHARS, _SAMPLE_TEXT_CHARS = 40_000, 4_000
 # of everything that engines have gone wrong on; always part of the check
 _PROBES = (
@@ -60,7 +62,7 @@ def row_encoder(
     """
     truth = ReferenceEncoder(tokenizer) if compat else PlainEncoder(tokenizer)
     plain = PlainRows(truth, before=before, behind=behind, engine=tokenizer.library)
-    if engine == "sentencepiece" or (engine == "auto" and num_bytes is not None and num_bytes < SMALL_INPUT_BYTES):
+    if engine == "sentencepiece" or (engine == "auto" and _is_little(num_bytes)):
         return plain
     try:
         tables = _tables(tokenizer)
@@ -106,6 +108,13 @@ def disagreement(chosen: RowEncoder, plain: RowEncoder, *, sample: Iterable[str]
     except Exception as error:
         return f"({type(error).__name__}: {error})"
     return None if index is None else texts_of(block)[index]
+
+
+def _is_little(num_bytes: int | None) -> bool:
+    """Whether starting an engine would take longer than it saves."""
+    if num_bytes is None or num_bytes >= COMPILED_FOR_BYTES:
+        return False
+    return num_bytes < SMALL_INPUT_BYTES or not machine_code.is_kept()
 
 
 def _tables(tokenizer: Tokenizer) -> Tables:

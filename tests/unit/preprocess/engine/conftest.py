@@ -12,7 +12,8 @@ from internlm_ds.preprocess.engine.tables import build
 
 @pytest.fixture(scope="session")
 def cache_home(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
+    # one for the whole session: the kernel is compiled once
+    return tmp_path_factory.getbasetemp() / "engine-cache"
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import pytest
 import sentencepiece
 
 from internlm_ds.errors import TokenizerError
-from internlm_ds.preprocess.engine import select, table_cache
+from internlm_ds.preprocess.engine import machine_code, select, table_cache
 from internlm_ds.preprocess.engine.select import first_difference, row_encoder
 from internlm_ds.preprocess.rows import Rows, TextBlock
 from internlm_ds.preprocess.tokenizers import Tokenizer
@@ -34,11 +34,14 @@ def unigram(tmp_path_factory):
     return Tokenizer(path)
 
 
-def test_compiled_for_much_text_and_sentencepiece_for_little(tiny_tokenizer, words):
+def test_compiled_for_much_text_and_sentencepiece_for_little(tiny_tokenizer, monkeypatch, words):
     assert row_encoder(tiny_tokenizer, warn=words.append).engine == "compiled"
     assert row_encoder(tiny_tokenizer, num_bytes=10**9, warn=words.append).engine == "compiled"
     assert row_encoder(tiny_tokenizer, num_bytes=1000, warn=words.append).engine == "sentencepiece"
     assert row_encoder(tiny_tokenizer, num_bytes=1000, engine="compiled").engine == "compiled"
+    assert row_encoder(tiny_tokenizer, num_bytes=select.SMALL_INPUT_BYTES).engine == "compiled"
+    monkeypatch.setattr(machine_code, "is_kept", lambda: False)  # then it would have to be compiled first
+    assert row_encoder(tiny_tokenizer, num_bytes=select.SMALL_INPUT_BYTES).engine == "sentencepiece"
     assert row_encoder(tiny_tokenizer, engine="arrays").engine == "arrays"
     assert not words
 
@@ -94,7 +97,7 @@ def test_numba_is_not_loaded_for_little_text(tiny_model):
         "from internlm_ds.preprocess.engine.select import row_encoder\n"
         "from internlm_ds.preprocess.tokenizers import Tokenizer\n"
         f"row_encoder(Tokenizer({str(tiny_model)!r}), num_bytes=1000)\n"
-        "sys.exit('numba' in sys.modules)"
+        "sys.exit('numba' in sys.modules or 'llvmlite' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[4], timeout=60)
     assert done.returncode == 0
