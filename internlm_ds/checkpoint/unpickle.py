@@ -303,6 +303,17 @@ class LazyTensor:
         strides = tuple(math.prod(self.shape[dim + 1 :]) for dim in range(len(self.shape)))
         return self.stride == strides and self.offset >= 0 and math.prod(self.shape) < self.storage.numel
 
+    @property
+    def is_contiguous(self) -> bool:
+        """Its elements are one run of its storage."""
+        return self.stride == tuple(math.prod(self.shape[dim + 1 :]) for dim in range(len(self.shape)))
+
+    def rows(self, start: int, stop: int) -> LazyTensor:
+        """Indices `[start, stop)` of dimension 0 of a contiguous tensor, as a tensor that still lies in the file."""
+        assert self.is_contiguous and 0 <= start <= stop <= self.shape[0], f"rows {start} to {stop} of {self.shape}"
+        shape = (stop - start, *self.shape[1:])
+        return LazyTensor(self.archive, self.storage, self.offset + start * self.stride[0], shape, self.stride)
+
     def part(self, start: int, shape: tuple[int, ...]) -> LazyTensor:
         """Elements from `start` on of a 1-D tensor, as a tensor of this shape that still lies in the file.
 

@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import argparse
 import os
+from pathlib import Path
+
+from internlm_ds.errors import ConfigError
+
+NAMES = ("internlm", "internlm2")
+PIECES = ("eoh", "eoa", "im_start", "im_end")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder of a native checkpoint, <save folder>/<step>")
-    parser.add_argument("--tokenizer", metavar="MODEL", help="sentencepiece model; default: $INTERNLM_DS_TOKENIZER")
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", help="checkpoint folder of any format, like <save folder>/<step>"
+    )
+    parser.add_argument("--tokenizer", metavar="MODEL", help="tokenizer model; default: $INTERNLM_DS_TOKENIZER")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue, or a question")
+    parser.add_argument("--config", type=Path, metavar="CONFIG", help="of the model, if the checkpoint does not say")
+    parser.add_argument("--template", choices=NAMES, help="the prompt is a user's turn of a chat; prints the answer")
+    parser.add_argument("--system", default="", metavar="TEXT", help="system message of the chat")
+    for piece in PIECES:
+        option = f"--{piece.replace('_', '-')}"
+        parser.add_argument(option, metavar="PIECE", help=f"piece or id of {piece} in the template")
     parser.add_argument("--max-new-tokens", type=_count, default=100, metavar="N", help="default: %(default)s")
     parser.add_argument(
         "--temperature", type=_temperature, default=1.0, metavar="T", help="0 = likeliest token; default: %(default)s"
@@ -20,12 +34,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     # torch is imported here, so that --help and wrong options answer at once
+    from internlm_ds.generate.chat import Chat
     from internlm_ds.generate.run import Settings, generate
     from internlm_ds.preprocess.tokenizers import find_model
 
     tokenizer = find_model(args.tokenizer, environ=os.environ)
     settings = Settings(args.max_new_tokens, args.temperature, args.top_p, args.seed)
-    print(generate(args.checkpoint, tokenizer_path=tokenizer, prompt=args.prompt, settings=settings))
+    pieces = {piece: given for piece in PIECES if (given := getattr(args, piece))}
+    if not args.template and (args.system or pieces):
+        raise ConfigError("--system and the pieces of a chat need --template")
+    chat = Chat(args.template, args.system, pieces) if args.template else None
+    text = generate(
+        args.checkpoint,
+        tokenizer_path=tokenizer,
+        prompt=args.prompt,
+        settings=settings,
+        chat=chat,
+        config=args.config,
+    )
+    print(text)
     return 0
 
 

@@ -8,14 +8,17 @@ import pytest
 import sentencepiece
 import torch
 
-from internlm_ds.arch import internlm
+from internlm_ds.arch import blueprint
 from internlm_ds.checkpoint.formats import native
 from internlm_ds.cli.main import main
 from internlm_ds.config.schema import ModelConfig
+from internlm_ds.convert.run import Request, convert
+from internlm_ds.generate.chat import Chat, question
 from internlm_ds.generate.run import load_model
 from internlm_ds.layout.ranks import Layout
 from internlm_ds.model.layers import LanguageModel, build_layers
 from internlm_ds.parallel.context import Axis
+from internlm_ds.preprocess.tokenizers import open_tokenizer
 
 VOCAB = 300
 MODEL = dict(num_layers=2, hidden_size=16, vocab_size=VOCAB, num_attention_heads=2, mlp_ratio=2.0, dtype="bfloat16")
@@ -52,7 +55,7 @@ def tokenizer(tmp_path_factory):
 
 def save(folder, *, config_text=CONFIG, settings=False, model_type="INTERNLM", **switches):
     config = ModelConfig(**MODEL | switches)
-    arch = internlm.build(config)
+    arch = blueprint(model_type, config) or blueprint("INTERNLM", config)
     model = LanguageModel(build_layers(arch, config, tensor=Axis.single("tensor"), seed=1, dtype=torch.bfloat16))
     weights = [(name, parameter.detach()) for name, parameter in model.named_logical_parameters()]
     state = {"step_count": 7}
@@ -155,12 +158,21 @@ def test_config_of_another_model(tmp_path, tokenizer, fails):
     )
 
 
-def test_other_families(tmp_path, tokenizer, fails):
-    _, folder = save(tmp_path / "7", config_text=CONFIG + 'model_type = "LLAMA2"\n')
-    fails(
-        [folder, "--tokenizer", tokenizer, "--prompt", "a"],
-        "generate cannot run model_type 'LLAMA2' yet; it runs INTERNLM",
-    )
+GROUPED = {"num_attention_heads": 4, "num_kv_attention_heads": 2, "no_bias": True}
+
+
+@pytest.mark.parametrize("kind", ["native", "internlm", "hf"])
+@pytest.mark.parametrize("family", ["INTERNLM", "INTERNLM2_PUBLIC", "LLAMA2"])
+def test_any_family_and_format(tmp_path, tokenizer, family, kind):
+    model, folder = save(tmp_path / "7", settings=True, model_type=family, **(GROUPED if family != "INTERNLM" else {}))
+    if kind != "native":
+        convert(Request(str(folder), str(tmp_path / "out"), "native", kind, verify=False))
+        folder = tmp_path / "out"
+    loaded, _ = load_model(str(folder), device="cpu")
+    ids, borders = torch.arange(5), torch.tensor([0, 5], dtype=torch.int32)
+    torch.testing.assert_close(loaded(ids, borders), model(ids, borders).float(), atol=0.02, rtol=0.02)
+    plain, _ = load_model(str(tmp_path / "7"), device="cpu")
+    torch.testing.assert_close(loaded(ids, borders), plain(ids, borders), atol=1e-5, rtol=1e-5)
 
 
 def test_settings_in_the_manifest_come_first(tmp_path):
@@ -171,7 +183,31 @@ def test_settings_in_the_manifest_come_first(tmp_path):
 
 def test_registered_model_types(tmp_path, tokenizer, fails):
     _, folder = save(tmp_path / "7", settings=True, model_type="MINE")
-    fails([folder, "--tokenizer", tokenizer, "--prompt", "a"], "cannot run model_type 'MINE' yet; it runs INTERNLM")
+    fails([folder, "--tokenizer", tokenizer, "--prompt", "a"], "holds a model of type 'MINE'; known are INTERNLM, ")
+
+
+PIECES = ("--eoh", "<0x01>", "--eoa", "<0x02>"), ("--im-start", "<0x01>", "--im-end", "<0x02>")
+
+
+@pytest.mark.parametrize(("template", "pieces"), [("internlm", PIECES[0]), ("internlm2", PIECES[1])])
+def test_chat_prints_the_answer_alone(saved, tokenizer, template, pieces, capsys):
+    options = ("--prompt", "the quick", "--max-new-tokens", "4", "--template", template, "--system", "be brief")
+    assert main(["generate", str(saved[1]), "--tokenizer", tokenizer, *options, *pieces]) == 0
+    assert not capsys.readouterr().out.startswith("the quick")
+
+
+def test_a_question_ends_where_the_answer_begins(tokenizer):
+    model = open_tokenizer(tokenizer)
+    start, end = (model.piece_id(f"<0x0{n}>") for n in (1, 2))
+    chat = Chat("internlm2", pieces={"im_start": "<0x01>", "im_end": "<0x02>"})
+    ids, ends = question("the fox", chat, model)
+    user, opening = (model.encode([text])[0] for text in ("user\nthe fox", "assistant\n"))
+    assert ids[: len(user) + 3] == [model.bos_id, start, *user, end] and ids[-len(opening) - 1 :] == [start, *opening]
+    assert set(ends) == {start, end}
+
+
+def test_chat_options_need_a_template(saved, tokenizer, fails):
+    fails([saved[1], "--tokenizer", tokenizer, "--prompt", "a", "--system", "b"], "need --template")
 
 
 def test_broken_config(tmp_path, tokenizer, fails):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ from internlm_ds.layout.stages import partition_uniform
 log = logging.getLogger(__name__)
 
 MLP_NAMES = ("2023", "2024")
+_COPY_BYTES = 2**22
 _NAME = re.compile(r"(?:(\d+)\.)?(?:model\.)?(?:(blocks|layers)\.(\d+)\.)?(.+)$")
 _MLP_2023 = {
     f"{mlp}.{a}.weight": f"{mlp}.{b}.weight" for mlp in ("mlp", "feed_forward") for a, b in (("w2", "w3"), ("w3", "w2"))
@@ -310,11 +312,25 @@ def merge(shards: Sequence[Stored], spec: ParamSpec) -> torch.Tensor:
     # every shard holds its slice of each part, [q_r; k_r; v_r] for example
     parts = whole.unflatten(spec.split_dim, (spec.parts, -1))
     for shard in shards:
-        piece = shard.load().unflatten(spec.split_dim, (spec.parts, -1))
-        width = piece.shape[spec.split_dim + 1]
-        parts.narrow(spec.split_dim + 1, position, width).copy_(piece)
+        width = shard.shape[spec.split_dim] // spec.parts
+        mine = parts.narrow(spec.split_dim + 1, position, width)
+        # parts of rows lie behind one another in the file; columns have one part
+        targets = mine.unbind(0) if spec.split_dim == 0 else (mine.squeeze(1),)
+        for number, target in enumerate(targets):
+            _fill(target, shard, first=number * len(target))
         position += width
     return whole
+
+
+def _fill(target: torch.Tensor, shard: Stored, *, first: int) -> None:
+    """Copy rows of a shard, from `first` on, a few at a time: a shard is never in memory beside the whole."""
+    if not (isinstance(shard, LazyTensor) and shard.is_contiguous):
+        target.copy_(shard.load()[first : first + len(target)])
+        return
+    step = max(1, _COPY_BYTES // max(1, math.prod(shard.shape[1:]) * shard.dtype.itemsize))
+    for start in range(0, len(target), step):
+        stop = min(start + step, len(target))
+        target[start:stop] = shard.rows(first + start, first + stop).load()
 
 
 def split(tensor: torch.Tensor, spec: ParamSpec, *, tensor_size: int) -> list[torch.Tensor | None]:
