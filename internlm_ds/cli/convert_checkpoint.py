@@ -21,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tensor", type=int, default=1, metavar="N", help="tensor ranks of the target (internlm)")
     parser.add_argument("--pipeline", type=int, default=1, metavar="N", help="pipeline stages of the target (internlm)")
     parser.add_argument("--chunks", type=int, default=1, metavar="N", help="chunks per stage of the target (internlm)")
+    parser.add_argument(
+        "--zero1", type=int, default=1, metavar="N", help="optimizer files per tensor rank and stage (internlm, all)"
+    )
     parser.add_argument("--config", type=Path, metavar="CONFIG", help="configuration of the model, if SRC does not say")
     parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: as stored")
     parser.add_argument("--content", choices=("model", "all"), default="model", help="default: model")
@@ -44,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
         tensor=args.tensor,
         pipe=args.pipeline,
         chunks=args.chunks,
+        zero=args.zero1,
         config=args.config,
         dtype=args.dtype,
         content=args.content,

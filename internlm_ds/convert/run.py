@@ -10,18 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from internlm_ds.arch.spec import ParamSpec
 from internlm_ds.checkpoint import address as addresses
 from internlm_ds.checkpoint.formats import hf, internlm, native
+from internlm_ds.checkpoint.formats.internlm_run_write import write_run
 from internlm_ds.checkpoint.search import Format, detect
 from internlm_ds.checkpoint.storage import base
 from internlm_ds.checkpoint.storage.local import CONVERTING, LocalStorage
 from internlm_ds.checkpoint.tensorfile import Deferred
-from internlm_ds.convert import verify
+from internlm_ds.convert import verify, whole_run
 from internlm_ds.convert.sources import Source, dict_of_model, open_source
+from internlm_ds.convert.whole_run import WholeRun
 from internlm_ds.errors import CheckpointError, ConversionError
 from internlm_ds.layout.ranks import Layout
 
@@ -36,6 +39,7 @@ class Request:
         source, target: Addresses.
         source_format: None: told by what lies there.
         tensor, pipe, chunks: Split of the target; InternLM's format only.
+        zero: Its optimizer files for each tensor rank and stage (`parallel.zero1` of the run that will load it).
         config: Configuration of the model, where the source does not say.
         dtype: Name of the target's dtype; None keeps the source's.
         content: `model` or `all`.
@@ -50,6 +54,7 @@ class Request:
     tensor: int = 1
     pipe: int = 1
     chunks: int = 1
+    zero: int = 1
     config: Path | None = None
     dtype: str | None = None
     content: str = "model"
@@ -102,17 +107,21 @@ def convert(request: Request, *, progress: Callable[[str], None] = lambda line: 
     _check(request, target)
     source = open_source(source_folder, request.source_format, config=request.config, mlp_names=request.mlp_names)
     dtype = DTYPES[request.dtype] if request.dtype else source.dtype
+    run = whole_run.open_run(source, request.config, mlp_names=request.mlp_names) if request.content == "all" else None
+    notes = source.notes + (run.notes if run else ())
     storage = LocalStorage()
     temporary = storage.make_temporary(target, prefix=CONVERTING)
     try:
-        for note in source.notes:
+        for note in notes:
             progress(f"note: {note}")
-        _WRITERS[request.target_format](temporary, source, request, dtype, progress)
+        _WRITERS[request.target_format](temporary, source, run, request, dtype, progress)
         difference = None
         if request.verify:
             progress("reading back")
             written = verify.reread(temporary, request.target_format, source)
             verify.compare_weights(written, source, target_format=request.target_format, dtype=dtype)
+            if run is not None:
+                whole_run.compare(temporary, run, source, target_format=request.target_format)
             progress("comparing logits")
             difference = verify.compare_logits(temporary, request.target_format, source, dtype=dtype)
         if target.exists():
@@ -131,7 +140,7 @@ def convert(request: Request, *, progress: Callable[[str], None] = lambda line: 
         dtype,
         verified=request.verify,
         logits_difference=difference,
-        notes=source.notes,
+        notes=notes,
     )
 
 
@@ -155,9 +164,14 @@ def _detected(folder: Path) -> Format:
 def _check(request: Request, target: Path) -> None:
     pair = (request.source_format, request.target_format)
     problems = []
-    if request.content != "model":
-        problems.append(f"--content {request.content}: this version converts the weights only; write --content model")
-    for option, value in (("--tensor", request.tensor), ("--pipeline", request.pipe), ("--chunks", request.chunks)):
+    if request.content == "all" and "hf" in pair:
+        problems.append("--content all: a Hugging Face folder holds weights only; write --content model")
+    for option, value in (
+        ("--tensor", request.tensor),
+        ("--pipeline", request.pipe),
+        ("--chunks", request.chunks),
+        ("--zero1", request.zero),
+    ):
         if value < 1:
             problems.append(f"{option} {value}: must be at least 1")
         elif value > 1 and request.target_format != "internlm":
@@ -172,12 +186,18 @@ def _check(request: Request, target: Path) -> None:
         raise ConversionError("\n  ".join(problems))
 
 
-_Writer = Callable[[Path, Source, Request, torch.dtype, Callable[[str], None]], None]
+_Writer = Callable[[Path, Source, WholeRun | None, Request, torch.dtype, Callable[[str], None]], None]
 
 
 def _write_hf(
-    folder: Path, source: Source, request: Request, dtype: torch.dtype, progress: Callable[[str], None]
+    folder: Path,
+    source: Source,
+    run: WholeRun | None,
+    request: Request,
+    dtype: torch.dtype,
+    progress: Callable[[str], None],
 ) -> None:
+    assert run is None, "a Hugging Face folder holds weights only"
     hf.write(
         folder,
         source.weights,
@@ -191,23 +211,39 @@ def _write_hf(
 
 
 def _write_internlm(
-    folder: Path, source: Source, request: Request, dtype: torch.dtype, progress: Callable[[str], None]
+    folder: Path,
+    source: Source,
+    run: WholeRun | None,
+    request: Request,
+    dtype: torch.dtype,
+    progress: Callable[[str], None],
 ) -> None:
     model = replace(source.model, num_chunks=request.chunks)
+    split: dict[str, Any] = {
+        "arch": source.arch,
+        "tensor_size": request.tensor,
+        "pipe": request.pipe,
+        "chunks": request.chunks,
+        "dtype": dtype,
+    }
     internlm.write_weights(
         folder,
         source.weights,
-        arch=source.arch,
-        tensor_size=request.tensor,
-        pipe=request.pipe,
-        chunks=request.chunks,
-        dtype=dtype,
         model_config=dict_of_model(model, dtype=dtype, model_type=source.model_type),
+        **split,
     )
+    if run is not None:
+        progress("writing the optimizer's state")
+        write_run(folder, run.states, run.run_state, **split, zero_size=request.zero)
 
 
 def _write_native(
-    folder: Path, source: Source, request: Request, dtype: torch.dtype, progress: Callable[[str], None]
+    folder: Path,
+    source: Source,
+    run: WholeRun | None,
+    request: Request,
+    dtype: torch.dtype,
+    progress: Callable[[str], None],
 ) -> None:
     def deferred(spec: ParamSpec) -> Deferred:
         return Deferred(dtype, tuple(spec.shape), lambda: source.weights[spec.name].to(dtype))
@@ -215,12 +251,13 @@ def _write_native(
     native.save(
         folder,
         weights=((spec.name, deferred(spec)) for spec in source.arch.iter_params()),
-        train_state={},
-        config_text=source.config_text,
+        fragments=run.fragments() if run else (),
+        train_state=dict(run.values) if run else {},
+        config_text=run.config_text if run else source.config_text,
         layout=Layout(),
         arch=source.arch,
         dtype=dtype,
-        step=source.step,
+        step=int(run.values["step_count"]) if run else source.step,
         model=source.model,
         model_type=source.model_type,
     )

@@ -86,7 +86,9 @@ def _open_native(folder: Path, given: Model | None, mlp_names: str | None) -> So
     if kind not in BLUEPRINTS:
         raise ConversionError(f"{folder} holds a model of type {kind!r}; known are {', '.join(BLUEPRINTS)}")
     if given is None:
-        given = (kind, checkpoint.model_config) if checkpoint.model_config else _of_text(checkpoint)
+        if checkpoint.model_config is None:
+            raise _unknown(folder)
+        given = (kind, checkpoint.model_config)
     arch = _arch(given)
     checkpoint.check_fits(arch)
     return Source(
@@ -99,13 +101,6 @@ def _open_native(folder: Path, given: Model | None, mlp_names: str | None) -> So
         step=checkpoint.step,
         config_text=checkpoint.config_text,
     )
-
-
-def _of_text(checkpoint: native.NativeCheckpoint) -> Model:
-    """From the configuration that lies in a checkpoint whose manifest has no settings."""
-    if not checkpoint.config_text.partition("\n")[2].strip() and checkpoint.config_text.startswith("#"):
-        raise _unknown(checkpoint.folder)
-    return _model_of_config(checkpoint.folder / native.CONFIG)
 
 
 def _open_internlm(folder: Path, given: Model | None, mlp_names: str | None) -> Source:

@@ -244,6 +244,39 @@ def _written(state: Any, epoch: int) -> dict[str, Any]:
     return {"epoch": epoch, "words": base64.b64encode(words.tobytes()).decode("ascii")}
 
 
+def internlm_state(state: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A sampler's state as InternLM's `sampler.pt` has it; None where its sampler has no such position.
+
+    Args:
+        state: Of `StaticBatchSampler`, or one of InternLM's already.
+    """
+    if "rng_state" in state:
+        return dict(state)
+    if "num_packs" not in state or state.get("is_dealt_anew") or state.get("odd_packs") or "mixture" in state:
+        return None
+    size = int(state["data_world_size"])
+    rampup = str(state["raw_rampup_batch_size"])
+    sampler = StaticBatchSampler(
+        int(state["num_packs"]),
+        batch_size=int(state["batch_size"]),
+        rampup=rampup,
+        seed=int(state["seed"]),
+        data_size=size,
+    )
+    sampler.load_state_dict(state)
+    return {
+        "batch_size": sampler.batch_size,
+        "raw_rampup_batch_size": rampup,
+        "rng_state": sampler.rng_state,
+        "epoch": sampler.epoch,
+        "seed": sampler.seed,
+        "data_world_size": size,
+        "num_consumed_samples_in_epoch": sampler.num_consumed_samples_in_epoch,
+        "batch_count": sampler.batch_count,
+        "indices": sampler.indices,
+    }
+
+
 class DataParallelSampler:
     """Sample numbers of one rank in order, as evaluation takes them.
 

@@ -7,7 +7,8 @@ Nothing here has a state: an interrupted run continues exactly, whatever it load
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from internlm_ds.config.schema import Config
 
@@ -132,3 +133,12 @@ class Beta2Schedule:
         if num_updates <= 0:
             return self.adam_beta2
         return beta2(self.first + num_updates, init_beta2=self.init_beta2, c=self.c)
+
+
+def recorded_settings(config: Config, *, num_updates: int) -> dict[str, Any]:
+    """Rates and Adam's numbers as a checkpoint keeps them, for a conversion that has no configuration at hand."""
+    betas = [config.adam.adam_beta1, Beta2Schedule.from_config(config).at(num_updates)]
+    return {
+        "adam": {"betas": betas, "eps": config.adam.adam_eps, "weight_decay": config.adam.weight_decay},
+        "lr_schedule": asdict(LrSchedule.from_config(config)),
+    }

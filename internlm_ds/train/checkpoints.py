@@ -21,6 +21,7 @@ from internlm_ds.checkpoint.retention import remove_older
 from internlm_ds.engine import state as engine_state
 from internlm_ds.engine.engine import Engine
 from internlm_ds.errors import CheckpointError
+from internlm_ds.optim.schedules import recorded_settings
 from internlm_ds.parallel import rng
 from internlm_ds.parallel.comm import ProcessComm
 from internlm_ds.parallel.context import ParallelContext
@@ -148,6 +149,7 @@ class RunCheckpoints:
             "optimizer_updates": engine_state.num_updates(self.engine),
             "loss_scale": self._idle_scale if scaler is None else scaler.state.state_dict(),
             "sampler": position,
+            **recorded_settings(self.spec.config, num_updates=state.step_count),
         }
         return copy.deepcopy(values)
 

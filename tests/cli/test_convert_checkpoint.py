@@ -65,7 +65,7 @@ def test_convert_checkpoint_splits_and_can_skip_verification(tmp_path, source):
     [
         (("gone", "out", "--to", "hf"), "CheckpointError: gone does not exist"),
         (("ilm", "ilm", "--to", "hf"), "ilm exists; remove it or name another place"),
-        (("ilm", "out", "--to", "hf", "--content", "all"), "this version converts the weights only"),
+        (("ilm", "out", "--to", "hf", "--content", "all"), "a Hugging Face folder holds weights only"),
         (("ilm", "out", "--to", "hf", "--max-shard-size", "huge"), "write a size like 10GB"),
         (("ilm", "out", "--to", "onnx"), "invalid choice: 'onnx'"),
         (("ilm", "out"), "the following arguments are required: --to"),

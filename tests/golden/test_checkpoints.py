@@ -18,6 +18,7 @@ from internlm_ds.checkpoint.formats import internlm
 from internlm_ds.checkpoint.formats.internlm_run import KINDS, InternlmRun
 from internlm_ds.checkpoint.formats.internlm_run_write import RunState, write_run
 from internlm_ds.checkpoint.manager import find_checkpoints
+from internlm_ds.convert.run import Request, convert
 from internlm_ds.convert.sources import model_of_dict
 from internlm_ds.data.binmeta import Writer
 from internlm_ds.optim.schedules import LrSchedule
@@ -295,3 +296,20 @@ def test_checkpoints_written_for_other_layouts_read_the_same(case, tmp_path, spl
             assert torch.equal(after.state(kind)[name], state), (kind, name)
     assert len(list((tmp_path / "x").glob("optimizer_*.pt"))) == tensor * pipe * zero
     assert not list((tmp_path / "x").glob(".*"))
+
+
+def test_checkpoints_whole_runs_convert_both_ways(case, tmp_path):
+    """To the native format and back to the split that it had: the same optimizer files, value by value."""
+    arch_of(case)
+    layout, found = described(case), find_checkpoints(case / "ckpt")[-1].path
+    settings = dict(source_format=None, content="all", verify=True)
+    convert(Request(str(found), str(tmp_path / "native"), target_format="native", **settings))
+    zero = len(list(found.glob("optimizer_tp0_pp0_zo*.pt")))
+    split = dict(tensor=layout["tp"], pipe=layout["pp"], chunks=layout["num_chunks"], zero=zero)
+    convert(Request(str(tmp_path / "native"), str(tmp_path / "back"), target_format="internlm", **split, **settings))
+    compared = 0
+    for path in sorted(found.glob("*.pt")):
+        if path.name.startswith(("optimizer_", "sampler", "context", "schedulder", "model_tp", "config_file")):
+            assert_same(unpickle.load(tmp_path / "back" / path.name), unpickle.load(path), where=path.name)
+            compared += 1
+    assert compared > 5

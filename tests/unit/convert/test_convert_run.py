@@ -113,7 +113,7 @@ def test_a_result_that_computes_something_else_is_not_published(tmp_path, native
     [
         ({"kind": "hf", "tensor": 2}, r"--tensor 2: only InternLM's format is split; leave it away for --to hf"),
         ({"kind": "internlm", "pipe": 0}, "--pipeline 0: must be at least 1"),
-        ({"kind": "hf", "content": "all"}, "--content all: this version converts the weights only"),
+        ({"kind": "hf", "content": "all"}, "--content all: a Hugging Face folder holds weights only"),
         ({"kind": "internlm", "tokenizer": True}, "--tokenizer .*: only a Hugging Face folder holds a tokenizer"),
         ({"kind": "hf", "tokenizer": True}, "--tokenizer .*: no such file"),
         ({"kind": "internlm", "pipe": 3}, "2 layers in 1 chunks are too few for --pipeline 3"),
