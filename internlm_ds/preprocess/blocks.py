@@ -77,10 +77,21 @@ def pieces(
             found = line_parts(window, cuts, path=source.path, part_bytes=block_bytes)
             yield from _parts(found, source.path, line)
         else:
-            piece = Piece(kind, window.next_line(), source.path, line)
-            texts = (Document(text, line) for text in _texts_of_lines(_decoded(piece), piece, text_key))
-            yield from text_pieces(texts, source.path, cuts, block_bytes)
+            record = _long_record(window, source.path, text_key)
+            yield from text_pieces(record, source.path, cuts, block_bytes)
         line = window.line
+
+
+def _long_record(window: Window, path: str, text_key: str | None) -> Iterator[Document]:
+    """The text of the record on the next line, if that is not blank; no other copy of it is kept."""
+    line = window.line
+    text = _decoded(window.next_line(), path, line)
+    if not text.isspace():
+        value = record_of_line(text, path, line)
+        del text
+        found = [Document(text_of(value, text_key, path=path, line=line), line)]
+        del value
+        yield found.pop()
 
 
 def text_pieces(
@@ -97,8 +108,10 @@ def text_pieces(
             yield Piece("texts", tuple(held), path, line)
             held, size, line = [], 0, 0
         if len(document.text) > _LONG * block_bytes:
-            found = text_parts(document.text.encode(), cuts, path=path, line=document.line, part_bytes=block_bytes)
-            yield from _parts(found, path, document.line)
+            data, first_line = document.text.encode(), document.line
+            del document
+            found = text_parts(data, cuts, path=path, line=first_line, part_bytes=block_bytes)
+            yield from _parts(found, path, first_line)
     if held:
         yield Piece("texts", tuple(held), path, line)
 
@@ -121,7 +134,7 @@ def split(piece: Piece, *, text_key: str | None, keep_empty: bool = False) -> Sp
     """
     if isinstance(piece.data, tuple):
         return _of_texts(piece.data, keep_empty=keep_empty)
-    text = _decoded(piece)
+    text = _decoded(piece.data, piece.path, piece.line)
     if piece.kind == "jsonl":
         return _of_texts(_texts_of_lines(text, piece, text_key), keep_empty=False)
     if piece.kind == "part":
@@ -130,13 +143,12 @@ def split(piece: Piece, *, text_key: str | None, keep_empty: bool = False) -> Sp
     return Split(TextBlock(piece.data, *stripped_lines(piece.data)))
 
 
-def _decoded(piece: Piece) -> str:
-    assert isinstance(piece.data, bytes)
+def _decoded(data: bytes, path: str, line: int) -> str:
     try:
-        return piece.data.decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        line = piece.line + count_lines(piece.data[: error.start])
-        raise not_utf8(piece.data[error.start], path=piece.path, line=line) from None
+        line += count_lines(data[: error.start])
+        raise not_utf8(data[error.start], path=path, line=line) from None
 
 
 def _texts_of_lines(text: str, piece: Piece, text_key: str | None) -> Iterator[str]:
