@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 
 import numpy as np
@@ -285,3 +286,46 @@ def test_model_without_the_piece_leaves_nothing(tokenize, tiny_tokenizer, monkey
     with pytest.raises(TokenizerError, match="has no bos piece"):
         tokenize(options=TextOptions(bos=True))
     assert not np.any([path.is_file() for path in (tmp_path / "x").rglob("*")])
+
+
+@pytest.mark.parametrize("note", [False, True])
+def test_interrupted_run_keeps_what_it_has_noted(tokenize, monkeypatch, tmp_path, note):
+    expected = tokenize("whole")
+    written = []
+    real, real_note = TextRun._write, Journal.note
+
+    def write(self, place, encoded):
+        written.append(place)
+        if len(written) > 30:
+            raise KeyboardInterrupt
+        real(self, place, encoded)
+
+    def noted(self, state, handles):
+        real_note(self, state, handles)
+        self._pending.result()
+
+    monkeypatch.setattr(TextRun, "_write", write)
+    monkeypatch.setattr(Journal, "note", noted)
+    with pytest.raises(KeyboardInterrupt):
+        tokenize(journal_s=0.0 if note else 3600.0)
+    assert [path.name for path in (tmp_path / "x/en").iterdir()] == [".x.bin.partial"] * note
+    monkeypatch.undo()
+    assert tokenize(resume=True) == expected
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/mem"), reason="no file at hand that opens and cannot be read")
+def test_input_that_cannot_be_read_is_named(tokenize, tmp_path):
+    (tmp_path / "x.txt").symlink_to("/proc/self/mem")
+    with pytest.raises(DataFormatError, match=r"x\.txt, byte 0: cannot be read: Input/output error"):
+        tokenize(inputs=[str(tmp_path / "x.txt")])
+    assert list((tmp_path / "x/en").iterdir()) == []
+
+
+def test_two_runs_into_one_output_are_one_too_many(tokenize, tmp_path):
+    other = PartialOutput(tmp_path / "x/en/x.bin")
+    other.open()
+    for resume in (False, True):
+        with pytest.raises(DataFormatError, match=r"x\.bin: another process is writing this output"):
+            tokenize(resume=resume)
+    other.discard()
+    tokenize()
