@@ -2,9 +2,10 @@
 
 Fields: `format` (1), `tool` {name, version}, `kind` ("text", "alpaca", "chat", "custom"), `tokenizer` {name, sha256,
 vocab_size}, `bos`, `eos` (bool), `text_key` (null: text, then content), `compat` (null or "reference"), `sources` (one
-entry a file: path, bytes, sha256, samples, tokens, …), `counts` {samples, tokens, bytes, largest_id, …}, and what
-`sft` adds (`share`, `split_ratio`, `seed`, `pieces`, …). Ids are checked against a model's vocabulary by
-`counts.largest_id`, or `tokenizer.vocab_size` where that is null.
+entry a file: path, bytes, sha256, samples, tokens, …), `counts` {samples, tokens, bytes, largest_id, …}, `shard`
+{index, count, bytes} where the output is in several bins, and what `sft` adds (`share`, `split_ratio`, `seed`,
+`pieces`, …). Ids are checked against a model's vocabulary by `counts.largest_id`, or `tokenizer.vocab_size` where that
+is null.
 """
 
 from __future__ import annotations
