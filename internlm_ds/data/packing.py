@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from internlm_ds.data.binmeta import IntArray
 from internlm_ds.data.metarows import PACKING_SEED
-from internlm_ds.data.samples import KeptSamples, Samples
+from internlm_ds.data.samples import KeptSamples, Samples, span_lengths
 
 BorderArray = npt.NDArray[np.int32]
 
@@ -61,8 +61,8 @@ def positions_from(cu_seqlens: npt.NDArray[np.integer]) -> IntArray:
     >>> positions_from(np.array([0, 2, 5])).tolist()
     [0, 1, 0, 1, 2]
     """
-    starts = np.repeat(cu_seqlens[:-1], np.diff(cu_seqlens)).astype(np.int64)
-    return np.arange(int(cu_seqlens[-1]), dtype=np.int64) - starts
+    borders = cu_seqlens[: cu_seqlens.searchsorted(cu_seqlens[-1]) + 1].astype(np.int64)  # without padding
+    return np.arange(int(borders[-1]), dtype=np.int64) - np.repeat(borders[:-1], borders[1:] - borders[:-1])
 
 
 def segment_borders(lengths: Sequence[int] | IntArray, *, seq_len: int) -> BorderArray:
@@ -147,7 +147,7 @@ class StreamPacker:
 
     def lengths(self, span: Span) -> IntArray:
         """Tokens of each whole sample of a span, int64."""
-        return np.diff(self._ends[span.first : span.stop], prepend=self._ends[span.first - 1] if span.first else 0)
+        return span_lengths(self._ends, span.first, span.stop)
 
     def borders(self, pieces: IntArray) -> BorderArray:
         """Borders of a pack that holds `pieces[j]` tokens of its j-th sample."""

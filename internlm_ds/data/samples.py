@@ -56,6 +56,17 @@ def lengths_of(ends: IntArray) -> IntArray:
     return np.diff(ends, prepend=0)
 
 
+def span_lengths(ends: IntArray, first: int, stop: int) -> IntArray:
+    """Lengths of samples `first` to `stop - 1`, int64.
+
+    >>> span_lengths(np.array([3, 3, 7]), 1, 3).tolist()
+    [0, 4]
+    """
+    if first:
+        return ends[first:stop] - ends[first - 1 : stop - 1]
+    return np.diff(ends[:stop], prepend=0)
+
+
 def joined(samples: Samples, first: int, stop: int) -> IntArray:
     """`read_span` sample by sample, for sources that have nothing better."""
     rows = [samples.read(index) for index in range(first, stop)]
@@ -126,8 +137,7 @@ class FileSamples:
             found = self.ids.read_rows(self.order.rows[first:stop], vocab_size=self.text.vocab_size)
             if found is not None:
                 return found
-        ends = self.order.ends
-        lengths = np.diff(ends[first:stop], prepend=ends[first - 1] if first else 0)
+        lengths = span_lengths(self.order.ends, first, stop)
         return self.text.read_rows(self.order.offsets[first:stop], lengths)
 
 
