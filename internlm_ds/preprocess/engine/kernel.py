@@ -148,11 +148,14 @@ def jitted(stamp: int) -> Any:
         stamp: Differs where the sources do: numba looks at this file's time only and would keep code of older helpers.
     """
 
-    @njit("int64(int64)", nogil=True, cache=True, error_model="numpy")
     def encode_block(job):
         return _encode(job) if stamp >= 0 else -1
 
-    return encode_block
+    options = {"nogil": True, "error_model": "numpy"}
+    try:
+        return njit("int64(int64)", cache=True, **options)(encode_block)
+    except RuntimeError:  # there is no folder where numba could keep it
+        return njit("int64(int64)", **options)(encode_block)
 
 
 def compiled_object() -> tuple[str, bytes]:
