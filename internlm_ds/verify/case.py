@@ -1,4 +1,4 @@
-"""What the ladder trains: a tiny packed InternLM v1 model, as a configuration file that a case is written into.
+"""What the ladder trains: a tiny packed model (InternLM v1), as a configuration file that a case is written into.
 
 Everything but the layout, `mode` and the way of computing decides the numbers; a case stripped of those is what one
 process trains for comparison. Training it is `training`'s; which cases there are, `ladder`'s.
@@ -17,6 +17,7 @@ CHANGES_NOTHING = {"checkpoint", "num_chunks", "parallel_output"}
 NO_CKPT = "enable_save_ckpt=False, auto_resume=False"
 CONFIG = """
 ckpt = dict({ckpt})
+model_type = "{model_type}"
 data = dict(seq_len=16, micro_num={micro_num}, micro_bsz=2, total_steps=10, skip_batches="", rampup_batch_size="",
             pack_sample_into_one=False, use_packed_dataset={packed})
 grad_scaler = dict(fp16=dict(initial_scale=2**16, min_scale=1, growth_interval=1000), growth_factor=2,
@@ -46,6 +47,7 @@ class Case:
         micro_batches: Of a step, over all data-parallel ranks, which divide them.
         packed: Three samples in a row of a micro-batch, or one in each of its two rows.
         clip: `clip_grad_norm`; the model's norms are above it.
+        model_type: The family.
         model, own: More keys of the `model` and `internlm_ds` dicts.
     """
 
@@ -62,6 +64,7 @@ class Case:
     clip: float = 0.3
     model: tuple[tuple[str, Any], ...] = (("embed_split_hidden", True),)
     own: str = ""
+    model_type: str = "INTERNLM"
 
     @property
     def ckpt(self) -> str:
@@ -74,6 +77,7 @@ class Case:
         path = folder / f"{layout.pipe}-{layout.data}-{layout.tensor}-{self.mode}.py"
         text = CONFIG.format(
             ckpt=self.ckpt,
+            model_type=self.model_type,
             micro_num=self.micro_batches // layout.data,
             packed=self.packed,
             layers=self.layers,
