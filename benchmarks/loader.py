@@ -206,7 +206,7 @@ def child(case: str, folder: str, batches: int, skip: int) -> dict[str, float]:
     for _ in range(batches):
         next(loader)
     rate, cpu_rate = (batches / max(now, 1e-9) for now in (time.perf_counter() - started, time.process_time() - busy))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    peak = _peak_mb()
     check = sum(int(ids.sum()) + int(labels.sum()) + int(positions.sum()) for ids, labels, _, positions, _ in first)
     figures = {
         "first_s": first_s,
@@ -222,6 +222,12 @@ def child(case: str, folder: str, batches: int, skip: int) -> dict[str, float]:
 def _rss_mb() -> float:
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize() / 1e6
+
+
+def _peak_mb() -> float:
+    """Largest resident memory of this program; what `getrusage` says begins with that of the parent process."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 / 1e6 for line in file if line.startswith("VmHWM:"))
 
 
 def measure(case: str, folder: Path, *, batches: int = 0, skip: int = 0) -> dict[str, float]:
