@@ -87,7 +87,7 @@ def inspect(folder: Path, *, verify: bool = False) -> list[Inspection]:
 
 
 def _one(folder: Path, kind: Format, *, verify: bool) -> Inspection:
-    return {"native": _native, "internlm": _internlm, "hf": _hf}[kind](folder, verify)
+    return {"native": _native, "internlm": _internlm, "llama": _llama, "hf": _hf}[kind](folder, verify)
 
 
 # ---- native ---------------------------------------------------------------------------------------
@@ -162,6 +162,38 @@ def _internlm(folder: Path, verify: bool) -> Inspection:
         optimizer_bytes=_size(folder.glob("optimizer_tp*.pt")),
         optimizer=sorted(path.name for path in folder.glob("optimizer_tp*.pt")),
         problems=list(dict.fromkeys(problems)),
+    )
+
+
+# ---- Meta's Llama ---------------------------------------------------------------------------------
+
+
+def _llama(folder: Path, verify: bool) -> Inspection:
+    from internlm_ds.checkpoint import unpickle
+    from internlm_ds.checkpoint.formats import llama
+
+    problems: list[str] = []
+    tensors: list[tuple[str, Any]] = []
+    files: dict[int, Path] = {}
+    try:
+        files = llama.find_files(folder)
+        for path in files.values():
+            tensors += llama.read_state(path).items()
+            if verify:
+                unpickle.check(path)
+    except CheckpointError as error:
+        problems.append(str(error))
+    return _described(
+        folder,
+        "llama",
+        verify,
+        family=_family(name for name, _ in tensors),
+        layout={"tensor": len(files)},
+        dtypes={str(tensor.dtype).removeprefix("torch.") for _, tensor in tensors},
+        num_parameters=len(tensors),
+        num_elements=sum(math.prod(tensor.shape) for _, tensor in tensors),
+        weights=_size(files.values()),
+        problems=problems,
     )
 
 

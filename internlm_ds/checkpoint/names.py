@@ -9,6 +9,7 @@ import re
 
 MODEL_FILE = re.compile(r"model_tp(\d+)_pp(\d+)\.pt$")
 OTHER_SPLIT = re.compile(r"model_tp\d+_(wp\d+_pp\d+|pp\d+_dp\d+)\.pt$")
+META_FILE = re.compile(r"(?:consolidated\.(\d+)\.pth|model_t(\d+)\.pt)$")
 STEP_FILE = re.compile(r"(\d+)\.step$")
 
 

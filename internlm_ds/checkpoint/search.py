@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Literal
 
 from internlm_ds.checkpoint import manifest as manifests
-from internlm_ds.checkpoint.names import MODEL_FILE, OTHER_SPLIT, STEP_FILE
+from internlm_ds.checkpoint.names import META_FILE, MODEL_FILE, OTHER_SPLIT, STEP_FILE
 from internlm_ds.errors import CheckpointError
 
-Format = Literal["native", "internlm", "hf"]
+Format = Literal["native", "internlm", "llama", "hf"]
 _HF_WEIGHTS = re.compile(r"(model.*\.safetensors|pytorch_model.*\.bin)$")
 
 
@@ -44,6 +44,8 @@ def detect(folder: str | Path) -> Format | None:
         return "native"
     if any(MODEL_FILE.fullmatch(name) or OTHER_SPLIT.fullmatch(name) for name in names):
         return "internlm"
+    if any(META_FILE.fullmatch(name) for name in names):
+        return "llama"
     if "config.json" in names and any(_HF_WEIGHTS.fullmatch(name) for name in names):
         return "hf"
     return None

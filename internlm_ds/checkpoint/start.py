@@ -18,7 +18,7 @@ from internlm_ds.checkpoint import address as addresses
 from internlm_ds.checkpoint import manifest as manifests
 from internlm_ds.checkpoint import place as places
 from internlm_ds.checkpoint.agree import Comm, Solo, collect, on_first_rank
-from internlm_ds.checkpoint.formats import hf, internlm, internlm_run, native
+from internlm_ds.checkpoint.formats import hf, internlm, internlm_run, llama, native
 from internlm_ds.checkpoint.search import Candidate, Format, detect, find_checkpoints
 from internlm_ds.checkpoint.storage import base
 from internlm_ds.config.schema import CkptConfig, Config
@@ -32,6 +32,7 @@ CKPT_TYPES: dict[str, Format] = {
     "internlm": "internlm",
     "internevo": "internlm",
     "normal": "internlm",
+    "llama": "llama",
     "hf": "hf",
     "hf_llama": "hf",
 }
@@ -80,6 +81,8 @@ class Start:
             checkpoint = native.open(self.path, verify=False)
             checkpoint.check_fits(arch)
             return checkpoint.weights
+        if self.kind == "llama":
+            return llama.read_weights(self.path, arch=arch)
         if self.kind == "hf":
             return hf.read_weights(self.path, arch=arch)
         return internlm.read_weights(self.path, arch=arch, mlp_names=mlp_names)

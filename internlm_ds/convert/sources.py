@@ -15,7 +15,7 @@ import torch
 
 from internlm_ds.arch import BLUEPRINTS, blueprint
 from internlm_ds.arch.spec import ModelArch
-from internlm_ds.checkpoint.formats import hf, hf_config, internlm, native
+from internlm_ds.checkpoint.formats import hf, hf_config, internlm, llama, native
 from internlm_ds.checkpoint.search import Format, detect, find_checkpoints
 from internlm_ds.config.keys import MODEL_FAMILIES
 from internlm_ds.config.schema import ModelConfig
@@ -136,9 +136,18 @@ def _arch(given: Model) -> ModelArch:
     return arch
 
 
+def _open_llama(folder: Path, given: Model | None, mlp_names: str | None) -> Source:
+    if given is None:
+        raise _unknown(folder)
+    arch = _arch(given)
+    weights = llama.read_weights(folder, arch=arch)
+    return Source(folder, "llama", *given, arch, weights, dtype=weights.dtype(next(iter(weights))))
+
+
 _OPENERS: dict[Format, Callable[[Path, Model | None, str | None], Source]] = {
     "native": _open_native,
     "internlm": _open_internlm,
+    "llama": _open_llama,
     "hf": _open_hf,
 }
 

@@ -24,7 +24,7 @@ server.stop()
 @contextmanager
 def running() -> Iterator[tuple[str, int]]:
     """Its host and port; the test is skipped where moto is not installed."""
-    pytest.importorskip("moto.server", reason="moto[server] is not installed")
+    pytest.importorskip("moto.server", reason="moto with flask is not installed")
     with subprocess.Popen(
         [sys.executable, "-c", SERVER],
         stdin=subprocess.PIPE,
