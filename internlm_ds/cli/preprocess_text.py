@@ -44,6 +44,8 @@ def add_scale_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shard-size", type=size_in_bytes, metavar="BYTES", help=about)
     about = "go on where a killed run of the same command stopped; nothing is done if its output is complete"
     parser.add_argument("--resume", action="store_true", help=about)
+    about = "write the ids as numbers beside each bin too (internlm-ds data side-file)"
+    parser.add_argument("--side-file", action="store_true", help=about)
     about = "hold every sample against sentencepiece (slow)"
     parser.add_argument("--verify", action="store_true", help=about)
     about = "what tokenizes: auto (the default) takes the fastest that the model allows; all give the same"
@@ -104,5 +106,11 @@ def run_text(args: argparse.Namespace, *, constant: str = "", folder: Path | Non
             warn=warn,
             progress_to=sys.stderr,
         )
+        if args.side_file:
+            from internlm_ds.data import side_file
+
+            for path in summary.paths:
+                if side_file.find(path) is None:
+                    side_file.make(path)
     print(summary)
     return 0

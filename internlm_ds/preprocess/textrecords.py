@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ class Summary:
 
     Attributes:
         path: The bin, the first of several.
-        shards: Their number.
+        paths: All of them.
         was_complete: Nothing was left to be done.
     """
 
@@ -29,11 +28,11 @@ class Summary:
     tokens: int
     empty: int
     num_bytes: int
-    shards: int = 1
+    paths: tuple[str, ...] = ()
     was_complete: bool = False
 
     def __str__(self) -> str:
-        more = f" and {self.shards - 1} more" if self.shards > 1 else ""
+        more = f" and {len(self.paths) - 1} more" if len(self.paths) > 1 else ""
         complete = "complete already, " if self.was_complete else ""
         text = (
             f"{self.path}{more}: {complete}{self.samples} samples, {self.tokens} tokens ({self.num_bytes} bytes in all)"
@@ -43,7 +42,11 @@ class Summary:
 
 def summary_of(paths: Sequence[Path], tallies: Sequence[Tally], sizes: Sequence[ShardSize]) -> Summary:
     samples, tokens, empty = (sum(getattr(tally, name) for tally in tallies) for name in ("samples", "tokens", "empty"))
-    return Summary(os.fspath(paths[0]), samples, tokens, empty, sum(size.num_bytes for size in sizes), len(sizes))
+    return Summary(str(paths[0]), samples, tokens, empty, sum(size.num_bytes for size in sizes), _texts(paths))
+
+
+def _texts(paths: Sequence[Path]) -> tuple[str, ...]:
+    return tuple(map(str, paths))
 
 
 def complete_summary(paths: Sequence[Path]) -> Summary:
@@ -52,7 +55,7 @@ def complete_summary(paths: Sequence[Path]) -> Summary:
     samples, tokens, empty, size = (
         sum(count.get(key) or 0 for count in counts) for key in ("samples", "tokens", "empty", "bytes")
     )
-    return Summary(os.fspath(paths[0]), samples, tokens, empty, size, len(paths), was_complete=True)
+    return Summary(str(paths[0]), samples, tokens, empty, size, _texts(paths), was_complete=True)
 
 
 def records_of(

@@ -289,3 +289,14 @@ def test_help_of_the_command_is_quick_to_import():
     code += "except SystemExit: pass\nprint([m for m in ('numpy', 'torch', 'sentencepiece') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_ids_beside_every_shard(tmp_path, model):
+    from internlm_ds.data import side_file
+
+    (tmp_path / "a.txt").write_text("the cat sat\n" * 200)
+    output = tmp_path / "en" / "x.bin"
+    words = ("--output", str(output), "--tokenizer", str(model), "--shard-size", "2K", "--side-file")
+    assert main(["preprocess", "text", str(tmp_path / "a.txt"), *words]) == 0
+    bins = sorted((tmp_path / "en").glob("x-*.bin"))
+    assert len(bins) > 1 and all(side_file.find(str(path)) is not None for path in bins)
