@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 
-from internlm_ds.checkpoint import address as addresses
+from internlm_ds.checkpoint import place
 from internlm_ds.checkpoint.inspection import inspect, render
-from internlm_ds.checkpoint.storage import base
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,9 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    address = addresses.parse(args.path)
-    base.of(address)
-    found = inspect(address.local_path, verify=args.verify)
+    found = inspect(place.localized(args.path), verify=args.verify)
     if args.json:
         print(json.dumps([one.to_json() for one in found], indent=1, allow_nan=False))
     else:

@@ -7,6 +7,7 @@ only after `verify` found every parameter in it, and the logits that it should g
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,11 +17,13 @@ import torch
 
 from internlm_ds.arch.spec import ParamSpec
 from internlm_ds.checkpoint import address as addresses
+from internlm_ds.checkpoint import place as places
 from internlm_ds.checkpoint.formats import hf, internlm, native
 from internlm_ds.checkpoint.formats.internlm_run_write import write_run
 from internlm_ds.checkpoint.search import Format, detect
 from internlm_ds.checkpoint.storage import base
 from internlm_ds.checkpoint.storage.local import CONVERTING, LocalStorage
+from internlm_ds.checkpoint.storage.s3 import S3Store
 from internlm_ds.checkpoint.tensorfile import Deferred
 from internlm_ds.convert import verify, whole_run
 from internlm_ds.convert.sources import Source, dict_of_model, open_source
@@ -28,6 +31,8 @@ from internlm_ds.convert.whole_run import WholeRun
 from internlm_ds.errors import CheckpointError, ConversionError
 from internlm_ds.layout.ranks import Layout
 
+_LAST_FILE: dict[Format, str] = {"native": "manifest.json", "internlm": "model_tp0_pp0.pt", "hf": "config.json"}
+"""What goes to a store last: without it a folder is no checkpoint of the format, or an incomplete one."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -73,7 +78,7 @@ class Summary:
         notes: What was left out of the source.
     """
 
-    target: Path
+    target: Path | str
     num_parameters: int
     num_elements: int
     source_format: Format
@@ -100,9 +105,24 @@ def convert(request: Request, *, progress: Callable[[str], None] = lambda line: 
     Raises:
         ConversionError: The pair of formats or an option is not possible, the target exists, or reading back found a
             difference.
-        CheckpointError: The source is missing, damaged or does not fit its model.
+        CheckpointError: The source is missing, damaged or does not fit its model, or a store fails.
     """
-    source_folder, target = _local(request.source), _local(request.target)
+    address = addresses.parse(request.target)
+    base.check(address)
+    if address.backend == "local":
+        return _convert(request, address.local_path, progress=progress)
+    store = S3Store(address)
+    if store.files():
+        raise ConversionError(f"{request.target} exists; remove it or name another place")
+    with tempfile.TemporaryDirectory(prefix="internlm_ds-") as scratch:
+        summary = _convert(request, Path(scratch) / "converted", progress=progress)
+        progress(f"sending it to {request.target}")
+        store.upload(summary.target, "", last=_LAST_FILE[request.target_format])
+    return replace(summary, target=request.target)
+
+
+def _convert(request: Request, target: Path, *, progress: Callable[[str], None]) -> Summary:
+    source_folder = places.localized(request.source)
     request = replace(request, source_format=request.source_format or _detected(source_folder))
     _check(request, target)
     source = open_source(source_folder, request.source_format, config=request.config, mlp_names=request.mlp_names)
@@ -142,14 +162,6 @@ def convert(request: Request, *, progress: Callable[[str], None] = lambda line: 
         logits_difference=difference,
         notes=notes,
     )
-
-
-def _local(text: str) -> Path:
-    address = addresses.parse(text)
-    base.check(address)
-    if address.backend != "local":
-        raise CheckpointError(f"{text}: conversion reads and writes folders; fetch the checkpoint first")
-    return address.local_path
 
 
 def _detected(folder: Path) -> Format:

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from internlm_ds.arch.spec import ModelArch
-from internlm_ds.checkpoint.address import parse
+from internlm_ds.checkpoint.place import localized
 from internlm_ds.checkpoint.search import detect
 from internlm_ds.convert.sources import Source, open_source
-from internlm_ds.errors import CheckpointError, TokenizerError
+from internlm_ds.errors import TokenizerError
 from internlm_ds.generate.chat import Chat, question
 from internlm_ds.generate.sampling import sample
 from internlm_ds.model.layers import LanguageModel, build_layers
@@ -82,7 +82,7 @@ def load_model(
 
 def open_checkpoint(folder: str, *, config: Path | None = None) -> Source:
     """A checkpoint folder of whatever format."""
-    path = _local_path(folder)
+    path = localized(folder)
     return open_source(path, detect(path) or "native", config=config, mlp_names=None)
 
 
@@ -98,13 +98,6 @@ def build_model(source: Source, *, device: torch.device | str | None = None) -> 
         for name, parameter in model.named_logical_parameters():
             parameter.copy_(source.weights[name])
     return model.to(device).eval()
-
-
-def _local_path(folder: str) -> Path:
-    address = parse(folder)
-    if address.backend != "local":
-        raise CheckpointError(f"{folder}: generate reads local folders only; copy the checkpoint to this machine first")
-    return address.local_path
 
 
 def _norm_dtype(source: Source) -> torch.dtype | None:
