@@ -53,7 +53,7 @@ def tokenizer(tmp_path_factory):
     return f"{prefix}.model"
 
 
-def save(folder, *, config_text=CONFIG, settings=False, model_type="INTERNLM", **switches):
+def save(folder, *, config_text=CONFIG, settings=True, model_type="INTERNLM", **switches):
     config = ModelConfig(**MODEL | switches)
     arch = blueprint(model_type, config) or blueprint("INTERNLM", config)
     model = LanguageModel(build_layers(arch, config, tensor=Axis.single("tensor"), seed=1, dtype=torch.bfloat16))
@@ -151,8 +151,9 @@ def test_larger_tokenizer(tmp_path, tokenizer, fails):
 
 def test_config_of_another_model(tmp_path, tokenizer, fails):
     _, folder = save(tmp_path / "7", mlp_ratio=17.0)
+    (tmp_path / "config.py").write_text(CONFIG)
     fails(
-        [folder, "--tokenizer", tokenizer, "--prompt", "a"],
+        [folder, "--config", tmp_path / "config.py", "--tokenizer", tokenizer, "--prompt", "a"],
         "does not fit the model (6 parameters)",
         "blocks.0.mlp.w1.weight",
     )
@@ -211,8 +212,17 @@ def test_chat_options_need_a_template(saved, tokenizer, fails):
 
 
 def test_broken_config(tmp_path, tokenizer, fails):
-    _, folder = save(tmp_path / "7", config_text=CONFIG.replace("num_layers", "num_layer"))
-    fails([folder, "--tokenizer", tokenizer, "--prompt", "a"], "ConfigError", "num_layer")
+    _, folder = save(tmp_path / "7")
+    (tmp_path / "config.py").write_text(CONFIG.replace("num_layers", "num_layer"))
+    options = ("--config", tmp_path / "config.py", "--tokenizer", tokenizer, "--prompt", "a")
+    fails([folder, *options], "ConfigError", "num_layer")
+
+
+def test_a_configuration_inside_a_checkpoint_is_never_executed(tmp_path, tokenizer, fails):
+    trap = tmp_path / "executed"
+    _, folder = save(tmp_path / "7", settings=False, config_text=f"open({str(trap)!r}, 'w')\n{CONFIG}")
+    fails([folder, "--tokenizer", tokenizer, "--prompt", "a"], "does not say which model it holds; give --config CONFIG")
+    assert not trap.exists()
 
 
 @pytest.mark.parametrize(
