@@ -225,7 +225,8 @@ def test_folder_of_checkpoints_says_which_it_holds(tmp_path, save):
 
 def test_type_must_be_known_and_right(tmp_path, weights_folder):
     for kind, message in (
-        ("llama", "ckpt_type = 'llama' cannot be loaded by this version; it loads native, internlm"),
+        ("mine", "ckpt_type = 'mine' cannot be loaded by this version; it loads native, internlm"),
+        ("llama", "ckpt_type = 'llama', but .* is a checkpoint of type 'internlm'"),
         ("native", "ckpt_type = 'native', but .* is a checkpoint of type 'internlm'"),
     ):
         with pytest.raises(CheckpointError, match=message):
