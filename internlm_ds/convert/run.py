@@ -134,7 +134,7 @@ def _convert(request: Request, target: Path, *, progress: Callable[[str], None])
     try:
         for note in notes:
             progress(f"note: {note}")
-        _WRITERS[request.target_format](temporary, source, run, request, dtype, progress)
+        _WRITERS[request.target_format](_Job(temporary, source, run, request, dtype, progress))
         difference = None
         if request.verify:
             progress("reading back")
@@ -198,81 +198,74 @@ def _check(request: Request, target: Path) -> None:
         raise ConversionError("\n  ".join(problems))
 
 
-_Writer = Callable[[Path, Source, WholeRun | None, Request, torch.dtype, Callable[[str], None]], None]
+@dataclass(frozen=True)
+class _Job:
+    """What a writer of a format is told.
+
+    Attributes:
+        folder: Where to write, not published yet.
+        run: What goes along beside the weights, None for nothing.
+        dtype: Of the weights that are written.
+    """
+
+    folder: Path
+    source: Source
+    run: WholeRun | None
+    request: Request
+    dtype: torch.dtype
+    progress: Callable[[str], None]
 
 
-def _write_hf(
-    folder: Path,
-    source: Source,
-    run: WholeRun | None,
-    request: Request,
-    dtype: torch.dtype,
-    progress: Callable[[str], None],
-) -> None:
-    assert run is None, "a Hugging Face folder holds weights only"
+def _write_hf(job: _Job) -> None:
+    assert job.run is None, "a Hugging Face folder holds weights only"
     hf.write(
-        folder,
-        source.weights,
-        model=source.model,
-        arch=source.arch,
-        dtype=dtype,
-        tokenizer=request.tokenizer,
-        max_shard_bytes=request.max_shard_bytes,
-        progress=progress,
+        job.folder,
+        job.source.weights,
+        model=job.source.model,
+        arch=job.source.arch,
+        dtype=job.dtype,
+        tokenizer=job.request.tokenizer,
+        max_shard_bytes=job.request.max_shard_bytes,
+        progress=job.progress,
     )
 
 
-def _write_internlm(
-    folder: Path,
-    source: Source,
-    run: WholeRun | None,
-    request: Request,
-    dtype: torch.dtype,
-    progress: Callable[[str], None],
-) -> None:
+def _write_internlm(job: _Job) -> None:
+    source, request = job.source, job.request
     model = replace(source.model, num_chunks=request.chunks)
     split: dict[str, Any] = {
         "arch": source.arch,
         "tensor_size": request.tensor,
         "pipe": request.pipe,
         "chunks": request.chunks,
-        "dtype": dtype,
+        "dtype": job.dtype,
     }
-    internlm.write_weights(
-        folder,
-        source.weights,
-        model_config=dict_of_model(model, dtype=dtype, model_type=source.model_type),
-        **split,
-    )
-    if run is not None:
-        progress("writing the optimizer's state")
-        write_run(folder, run.states, run.run_state, **split, zero_size=request.zero)
+    settings = dict_of_model(model, dtype=job.dtype, model_type=source.model_type)
+    internlm.write_weights(job.folder, source.weights, model_config=settings, **split)
+    if job.run is not None:
+        job.progress("writing the optimizer's state")
+        write_run(job.folder, job.run.states, job.run.run_state, **split, zero_size=request.zero)
 
 
-def _write_native(
-    folder: Path,
-    source: Source,
-    run: WholeRun | None,
-    request: Request,
-    dtype: torch.dtype,
-    progress: Callable[[str], None],
-) -> None:
+def _write_native(job: _Job) -> None:
+    source, run = job.source, job.run
+
     def deferred(spec: ParamSpec) -> Deferred:
-        return Deferred(dtype, tuple(spec.shape), lambda: source.weights[spec.name].to(dtype))
+        return Deferred(job.dtype, tuple(spec.shape), lambda: source.weights[spec.name].to(job.dtype))
 
     native.save(
-        folder,
+        job.folder,
         weights=((spec.name, deferred(spec)) for spec in source.arch.iter_params()),
         fragments=run.fragments() if run else (),
         train_state=dict(run.values) if run else {},
         config_text=run.config_text if run else source.config_text,
         layout=Layout(),
         arch=source.arch,
-        dtype=dtype,
+        dtype=job.dtype,
         step=int(run.values["step_count"]) if run else source.step,
         model=source.model,
         model_type=source.model_type,
     )
 
 
-_WRITERS: dict[Format, _Writer] = {"hf": _write_hf, "internlm": _write_internlm, "native": _write_native}
+_WRITERS: dict[Format, Callable[[_Job], None]] = {"hf": _write_hf, "internlm": _write_internlm, "native": _write_native}

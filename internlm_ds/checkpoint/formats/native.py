@@ -154,7 +154,7 @@ def save(
                 rng_state=rng_state,
                 texts=_texts(train_state, config_text) if comm.rank == 0 else {},
             )
-            storage.deliver(temporary, final, sorted(report.files))
+            storage.deliver(temporary, final, report.files)
             return report
 
         reports = collect(comm, write_own, doing=f"saving {final}")

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
 from internlm_ds.checkpoint.address import Address, boto3_equivalent
+from internlm_ds.checkpoint.diskfile import FileRecord
 from internlm_ds.errors import CheckpointError
 
 
@@ -24,7 +25,7 @@ class Storage(Protocol):
     def make_temporary(self, final: Path, *, prefix: str = ...) -> Path:
         """A new empty folder beside `final`, from which `publish` can move; its name begins with `prefix`."""
 
-    def deliver(self, temporary: Path, final: Path, names: Sequence[str]) -> None:
+    def deliver(self, temporary: Path, final: Path, files: Mapping[str, FileRecord]) -> None:
         """Called by every rank once it has written these files into `temporary`."""
 
     def arrived(self, temporary: Path, final: Path) -> dict[str, int]:

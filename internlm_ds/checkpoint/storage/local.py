@@ -14,10 +14,11 @@ import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from internlm_ds.checkpoint import manifest as manifests
+from internlm_ds.checkpoint.diskfile import FileRecord
 from internlm_ds.errors import CheckpointError
 
 TEMPORARY = ".tmp-"
@@ -51,7 +52,7 @@ class LocalStorage:
             self._held[folder] = _locked(folder)
         return folder
 
-    def deliver(self, temporary: Path, final: Path, names: Sequence[str]) -> None:
+    def deliver(self, temporary: Path, final: Path, files: Mapping[str, FileRecord]) -> None:
         return None  # every rank writes into the folder that is published
 
     def arrived(self, temporary: Path, final: Path) -> dict[str, int]:

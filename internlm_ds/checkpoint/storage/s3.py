@@ -137,11 +137,15 @@ class S3Store:
         self.abort_leftovers(folder)
         return Sent(first.sent + second.sent, first.kept + second.kept)
 
-    def send(self, local: Path, folder: str, names: Sequence[str]) -> Sent:
-        """Bring these files of `local` over; what is there with the same content is left alone."""
+    def send(self, local: Path, folder: str, names: Sequence[str], *, hashes: Mapping[str, str] | None = None) -> Sent:
+        """Bring these files of `local` over; what is there with the same content is left alone.
+
+        Args:
+            hashes: SHA-256 of each file where they are known; else the files are read for them.
+        """
         sent, kept = [], []
         for name in names:
-            digest = file_hash(local / name)
+            digest = hashes[name] if hashes is not None else file_hash(local / name)
             if self._holds(folder, name, digest):
                 kept.append(name)
             else:

@@ -10,9 +10,10 @@ import json
 import re
 import secrets
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
+from internlm_ds.checkpoint.diskfile import FileRecord
 from internlm_ds.checkpoint.storage.local import TEMPORARY
 from internlm_ds.checkpoint.storage.s3 import MANIFEST, S3Store
 from internlm_ds.errors import CheckpointError
@@ -41,9 +42,10 @@ class S3Storage:
         folder.mkdir(parents=True)
         return folder
 
-    def deliver(self, temporary: Path, final: Path, names: Sequence[str]) -> None:
-        self.store.send(temporary, self._name(final), names)
-        for name in names:
+    def deliver(self, temporary: Path, final: Path, files: Mapping[str, FileRecord]) -> None:
+        hashes = {name: record.sha256 for name, record in files.items()}
+        self.store.send(temporary, self._name(final), sorted(files), hashes=hashes)
+        for name in files:
             (temporary / name).unlink()
 
     def arrived(self, temporary: Path, final: Path) -> dict[str, int]:
