@@ -324,6 +324,7 @@ OWN = Section(
     {
         "keep_checkpoints": _at_least_0,
         "compile": _flag,
+        "chunked_loss": rules.flag_or("auto"),
         "pipeline_schedule": rules.choice("1f1b", "zb-h1"),
         "pipeline_bounds": rules.optional(rules.bounds()),
         "side_file": _flag,

@@ -61,6 +61,18 @@ def boolean() -> Rule:
     return Rule("True or False", read)
 
 
+def flag_or(word: str) -> Rule:
+    """True, False, or the word that leaves it to us."""
+    expected = f"{word!r}, True or False"
+
+    def read(value: Any) -> bool | str:
+        if value == word or (isinstance(value, int) and value in (0, 1)):
+            return value if isinstance(value, str) else bool(value)
+        raise Refused(f"must be {expected}{_unquoted(value, ('True', 'False'))}")
+
+    return Rule(expected, read)
+
+
 def integer(low: int | None = None, *, high: int | None = None) -> Rule:
     """A whole number within bounds, both included."""
     expected = f"an integer{_bounds(low, high)}"

@@ -2,7 +2,8 @@
 
 Every entry takes and returns what a stage passes on: one tuple `(hidden, cu_seqlens)`. The embedding starts with
 tokens in the place of `hidden`, the head ends with logits alone. Sub-modules carry InternLM's names. What they are
-built from is `layers`' business, what their parameters start with `init`'s.
+built from is `layers`' business, what their parameters start with `init`'s. In training the head may leave its product
+to the loss, which computes it in chunks.
 
 Legend: T tokens, H hidden, V vocabulary.
 """
@@ -18,10 +19,13 @@ from torch.nn.functional import dropout, normalize
 from torch.utils.checkpoint import checkpoint
 
 from internlm_ds.attention.segments import Segments
+from internlm_ds.layout.loss_chunks import Setting, is_chunked
 from internlm_ds.model.norm import LayerNorm, RmsNorm
 from internlm_ds.model.self_attention import KeyValueCache, SelfAttention
+from internlm_ds.parallel.collectives import enter_region
 from internlm_ds.parallel.embedding import HiddenSplitEmbedding, VocabSplitEmbedding
 from internlm_ds.parallel.linear import ColumnParallelLinear
+from internlm_ds.parallel.linear_cross_entropy import PendingLogits
 
 Carried = tuple[Tensor, Tensor]
 
@@ -171,10 +175,23 @@ class LayerNormEntry(_Carrying, LayerNorm):
 
 
 class HeadEntry(ColumnParallelLinear):
-    """`(hidden (T, H), cu_seqlens) -> logits (T, V)` in the model's dtype; the loss casts them to fp32."""
+    """`(hidden (T, H), cu_seqlens) -> logits (T, V)` in the model's dtype; the loss casts them to fp32.
 
-    def forward(self, carried: Carried) -> Tensor:
-        return super().forward(carried[0])
+    With `chunked_loss` (always, or "auto": where they are many) it returns `PendingLogits`, for a loss that knows them.
+    """
+
+    chunked_loss: Setting = False
+
+    def forward(self, carried: Carried) -> Tensor | PendingLogits:  # type: ignore[override]
+        hidden = carried[0].to(self.weight.dtype)
+        if not self._leaves_product(hidden):
+            return super().forward(hidden)
+        hidden = enter_region(hidden, self.tensor, sequence_parallel=self.sequence_parallel)
+        return PendingLogits(hidden, self._weight(), self.tensor, self.out_features)
+
+    def _leaves_product(self, hidden: Tensor) -> bool:
+        tokens = len(hidden) * (self.tensor.size if self.sequence_parallel else 1)
+        return is_chunked(self.chunked_loss, tokens=tokens, width=self.out_features // self.tensor.size)
 
 
 class NormHeadEntry(HeadEntry):

@@ -17,6 +17,7 @@ from internlm_ds.arch.spec import LayerSpec, ModelArch
 from internlm_ds.attention.select import Attend, attention_function
 from internlm_ds.config.schema import ModelConfig
 from internlm_ds.errors import ConfigError
+from internlm_ds.layout.loss_chunks import Setting
 from internlm_ds.layout.shards import shard_of
 from internlm_ds.model import block, init
 from internlm_ds.model.mlp import GeluMlp, SwigluMlp
@@ -55,6 +56,7 @@ def build_layers(
     attention: str = "auto",
     norm_dtype: torch.dtype | None = None,
     sequence_parallel: bool = False,
+    chunked_loss: Setting = False,
 ) -> list[LayerEntry]:
     """The layers of `arch` in order of computation.
 
@@ -67,6 +69,7 @@ def build_layers(
         attention: `auto`, `flash`, `sdpa` or `reference`.
         norm_dtype: Of norm parameters; `dtype` when None, fp32 for `use_fp32_norm`.
         sequence_parallel: Between tensor regions a rank has its share of the tokens, which must divide by the axis.
+        chunked_loss: The head may leave its product to the loss (`PendingLogits`); for who trains with `model.loss`.
     Raises:
         ConfigError: A switch that this family does not know.
         LayoutError: A size that does not divide over `tensor`.
@@ -76,7 +79,7 @@ def build_layers(
     if model.apply_post_layer_norm and arch.family == "internlm":
         raise ConfigError("model.apply_post_layer_norm = True: InternLM v1 has pre-norm blocks only; use False")
     attend = attention_function(attention, use_flash_attn=model.use_flash_attn)
-    parts = _Parts(arch, model, tensor, dtype, norm_dtype, attend, sequence_parallel and tensor.size > 1)
+    parts = _Parts(arch, model, tensor, dtype, norm_dtype, attend, sequence_parallel and tensor.size > 1, chunked_loss)
     for spec in arch.iter_params():
         shard_of(spec, size=tensor.size, rank=tensor.rank)  # raises where it does not divide, before anything is built
     return [LayerEntry(spec.prefix, spec, partial(_build, parts, spec, seed)) for spec in arch.layers]
@@ -140,6 +143,7 @@ class _Parts:
     norm_dtype: torch.dtype | None
     attend: Attend
     sequence_parallel: bool
+    chunked_loss: Setting
 
     def embedding(self) -> nn.Module:
         model = self.model
@@ -213,7 +217,7 @@ class _Parts:
 
     def head(self, num_outputs: int) -> nn.Module:
         entry = block.NormHeadEntry if self.model.norm_head else block.HeadEntry
-        return entry(
+        head = entry(
             self.arch.hidden_size,
             num_outputs,
             tensor=self.tensor,
@@ -224,6 +228,8 @@ class _Parts:
             weight_scale=self.model.embed_grad_scale,
             dtype=self.dtype,
         )
+        head.chunked_loss = self.chunked_loss
+        return head
 
 
 def _build(parts: _Parts, spec: LayerSpec, seed: int | None, recompute: bool) -> nn.Module:

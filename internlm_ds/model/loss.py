@@ -1,11 +1,13 @@
-"""The training loss of one micro-batch, and what becomes of logits before it."""
+"""The training loss of one micro-batch: of logits, or of a head that leaves its product to the loss."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from internlm_ds.parallel.context import Axis
-from internlm_ds.parallel.cross_entropy import mean_cross_entropy
+from internlm_ds.parallel.cross_entropy import IGNORED_LABEL, mean_cross_entropy
+from internlm_ds.parallel.linear_cross_entropy import PendingLogits, TokenLosses, linear_cross_entropy
 
 
 def cross_entropy(
@@ -34,3 +36,21 @@ def cross_entropy(
     return mean_cross_entropy(
         flat, labels.reshape(-1), tensor=axis, vocab_size=vocab_size, label_smoothing=label_smoothing
     )
+
+
+def chunked_cross_entropy(
+    pending: PendingLogits, labels: Tensor, *, label_smoothing: float = 0.0
+) -> tuple[Tensor, TokenLosses]:
+    """The same mean of logits that are never whole, and what came of each token; see `linear_cross_entropy`.
+
+    Args:
+        pending: What the head returned.
+        labels: int64, T of them; -100 where there is no target.
+        label_smoothing: s.
+    Returns:
+        Scalar, NaN when no label counts (with gradients of 0); values of the tokens.
+    """
+    labels = labels.reshape(-1)
+    tokens = linear_cross_entropy(pending, labels, label_smoothing=label_smoothing)
+    count = (labels != IGNORED_LABEL).sum()
+    return torch.where(count > 0, tokens.total / count.clamp(min=1), torch.nan), tokens

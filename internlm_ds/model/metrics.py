@@ -18,6 +18,7 @@ from internlm_ds.layout.shards import bounds
 from internlm_ds.parallel.collectives import every_rank
 from internlm_ds.parallel.context import Axis
 from internlm_ds.parallel.cross_entropy import IGNORED_LABEL, own_targets
+from internlm_ds.parallel.linear_cross_entropy import TokenLosses
 
 # rows of logits that are cast to fp32 at a time: 512 x 103168 x 4 bytes are 0.2 GiB
 CHUNK_ROWS = 512
@@ -54,13 +55,22 @@ class TokenMetrics:
         with torch.no_grad():
             labels = labels.reshape(-1)
             logits = logits.reshape(len(labels), -1)
-            values = token_values(logits, labels, tensor=self.tensor, vocab_size=self.vocab_size)
-            self.totals[0] += values.sum(dim=0)
-            if self.dataset_types:
-                assert type_ids is not None, "types are counted, but the micro-batch has no type ids"
-                # a product instead of a scatter: the order of additions is fixed on every device
-                members = (type_ids.reshape(-1) == self._types[:, None]).to(values.dtype)
-                self.totals[1:] += members @ values
+            self._add(token_values(logits, labels, tensor=self.tensor, vocab_size=self.vocab_size), type_ids)
+
+    def update_from(self, tokens: TokenLosses, labels: Tensor, type_ids: Tensor | None = None) -> None:
+        """Add one micro-batch whose likeliest tokens and -log p a chunked loss found."""
+        with torch.no_grad():
+            labels = labels.reshape(-1)
+            counted = labels != IGNORED_LABEL
+            self._add(_values(tokens.likeliest, tokens.nll, labels, counted), type_ids)
+
+    def _add(self, values: Tensor, type_ids: Tensor | None) -> None:
+        self.totals[0] += values.sum(dim=0)
+        if self.dataset_types:
+            assert type_ids is not None, "types are counted, but the micro-batch has no type ids"
+            # a product instead of a scatter: the order of additions is fixed on every device
+            members = (type_ids.reshape(-1) == self._types[:, None]).to(values.dtype)
+            self.totals[1:] += members @ values
 
     def finish(self, group: ProcessGroup | None = None) -> dict[str, float | int]:
         """The metrics of the step, summed over the ranks of `group`; starts anew.
@@ -96,6 +106,10 @@ def token_values(
         loss = torch.cat([_losses(*rows) for rows in zip(logits.split(CHUNK_ROWS), targets.split(CHUNK_ROWS))])
     else:
         likeliest, loss = _split_values(logits, targets, tensor, vocab_size)
+    return _values(likeliest, loss, targets, counted)
+
+
+def _values(likeliest: Tensor, loss: Tensor, targets: Tensor, counted: Tensor) -> Tensor:
     right = (likeliest == targets) & counted
     return torch.stack((right.double(), counted.double(), loss.double().masked_fill(~counted, 0)), dim=1)
 

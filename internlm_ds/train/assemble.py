@@ -256,7 +256,10 @@ class Training:
 
 
 def layer_entries(spec: RunSpec, context: ParallelContext, *, seed: int) -> list[LayerEntry]:
-    """The model's layers: of a known family from its blueprint, of a registered type from the user's builder."""
+    """The model's layers: of a known family from its blueprint, of a registered type from the user's builder.
+
+    They are for the engine with `StageLoss`: a head of ours may leave its product to the loss.
+    """
     model = spec.config.model
     dtype = getattr(torch, model.dtype)
     axis: dict[str, Any] = {
@@ -267,7 +270,8 @@ def layer_entries(spec: RunSpec, context: ParallelContext, *, seed: int) -> list
         keywords = model_keywords(spec.leaves, dtype=dtype)
         return build_registered(spec.config.model_type, keywords, **axis, pipe_size=context.pipe.size, seed=seed)
     norm_dtype = torch.float32 if spec.config.use_fp32_norm else None
-    return build_layers(spec.arch, model, **axis, seed=seed, dtype=dtype, norm_dtype=norm_dtype)
+    chunked = spec.config.internlm_ds.chunked_loss
+    return build_layers(spec.arch, model, **axis, seed=seed, dtype=dtype, norm_dtype=norm_dtype, chunked_loss=chunked)
 
 
 def split_vocabulary(config: Config) -> int | None:

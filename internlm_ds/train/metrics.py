@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from internlm_ds.model.loss import cross_entropy
+from internlm_ds.model.loss import chunked_cross_entropy, cross_entropy
 from internlm_ds.model.metrics import TokenMetrics
 from internlm_ds.monitor import log, memory
 from internlm_ds.monitor.throughput import ThroughputMeter
 from internlm_ds.parallel.context import ParallelContext
+from internlm_ds.parallel.linear_cross_entropy import PendingLogits
 from internlm_ds.train.loop import StepRecord
 
 IGNORED = -100  # the label of a position without a target
@@ -25,6 +26,8 @@ IGNORED = -100  # the label of a position without a target
 
 class StageLoss:
     """`loss_fn` of the pipeline: logits and `(labels, type_ids)` to the loss of one micro-batch; counts on the way.
+
+    A head that leaves its product to the loss is computed in chunks, whose tokens are counted in the same pass.
 
     Args:
         label_smoothing: As `model.loss.cross_entropy`.
@@ -51,8 +54,10 @@ class StageLoss:
         self._validation = TokenMetrics((), device=context.device, **self._vocabulary)
         self._evaluating = False
 
-    def __call__(self, logits: torch.Tensor, labels: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    def __call__(self, logits: torch.Tensor | PendingLogits, labels: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         targets, type_ids = labels
+        if isinstance(logits, PendingLogits):
+            return self._in_chunks(logits, targets, type_ids)
         if self._evaluating:
             self._validation.update(logits, targets)
             return self._loss(logits, targets)
@@ -61,6 +66,14 @@ class StageLoss:
         # they count 0, with a gradient of 0 (labels that are never -100 keep NaN out of the backward pass)
         has_targets = (targets != IGNORED).any()
         return self._loss(logits, torch.where(has_targets, targets, 0)) * has_targets
+
+    def _in_chunks(self, pending: PendingLogits, targets: torch.Tensor, type_ids: torch.Tensor) -> torch.Tensor:
+        loss, tokens = chunked_cross_entropy(pending, targets, label_smoothing=self.label_smoothing)
+        if self._evaluating:
+            self._validation.update_from(tokens, targets)
+            return loss
+        self._training.update_from(tokens, targets, type_ids)
+        return torch.where((targets != IGNORED).any(), loss, 0.0)  # as above: 0, with a gradient of 0
 
     def _loss(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return cross_entropy(logits, targets, label_smoothing=self.label_smoothing, **self._vocabulary)

@@ -279,6 +279,15 @@ def _pipeline_bounds(leaf: Leaf, facts: Facts) -> Verdict:
     return native("stages are cut at these blocks")
 
 
+def _chunked_loss(leaf: Leaf, facts: Facts) -> Verdict:
+    if facts.spec.arch is None:
+        return no_effect("a registered model type makes its own logits")
+    if leaf.value is False:
+        return no_effect("the head makes all logits of a micro-batch, as InternLM's")
+    when = "" if leaf.value is True else " where they are many"
+    return native(f"our loss computes the head's logits a few rows at a time{when}, and their gradients with them")
+
+
 # ---- the two dicts a user may add -----------------------------------------------------------------
 
 
@@ -352,6 +361,7 @@ RULES: dict[str, Rule] = {
     "internlm_ds.compile": neutral(
         False, off="not compiled", on=refused("torch.compile is not built in this version; write False")
     ),
+    "internlm_ds.chunked_loss": _chunked_loss,
     "internlm_ds.pipeline_schedule": _pipeline_schedule,
     "internlm_ds.side_file": neutral(
         False,

@@ -157,6 +157,8 @@ SINGLE = [
     ("deepspeed = 3", "deepspeed = 3: must be a dict of DeepSpeed's own keys, e.g. deepspeed = dict(...)"),
     ("deepspeed = dict(a=dict(b=print))", "deepspeed.a.b = <print>: is a print; a configuration holds numbers, "
      "strings, lists and dicts only"),
+    ("internlm_ds = dict(chunked_loss='never')",
+     "internlm_ds.chunked_loss = 'never': must be 'auto', True or False"),
     ("internlm_ds = dict(pipeline_schedule='gpipe')",
      "internlm_ds.pipeline_schedule = 'gpipe': must be one of '1f1b', 'zb-h1'"),
     ("internlm_ds = dict(pipeline_bounds=[0, 3, 2])",

@@ -329,6 +329,9 @@ def test_neutral_modes_have_no_effect(spec_of: SpecOf) -> None:
         ("parallel.pipeline.interleaved_overlap", ["model.num_chunks=2"], "native", "one forward or backward pass"),
         ("parallel.pipeline.interleaved_overlap", ["model.num_chunks=1"], "no_effect", "one stage or one chunk"),
         ("internlm_ds.pipeline_schedule", ["internlm_ds.pipeline_schedule=1f1b"], "native", "our 1F1B"),
+        ("internlm_ds.chunked_loss", ["internlm_ds.chunked_loss=auto"], "native", "where they are many"),
+        ("internlm_ds.chunked_loss", ["internlm_ds.chunked_loss=True"], "native", "a few rows at a time"),
+        ("internlm_ds.chunked_loss", ["internlm_ds.chunked_loss=False"], "no_effect", "all logits"),
         (
             "internlm_ds.pipeline_schedule",
             ["internlm_ds.pipeline_schedule=1f1b", "model.num_chunks=2"],
