@@ -1,0 +1,359 @@
+#!/usr/bin/env python
+"""How fast a training step is, beside peers that are measured in turn: a plain PyTorch loop, and Hugging Face's Llama
+under DeepSpeed ZeRO-1.
+
+`python benchmarks/step.py --device cpu` trains 8 layers of width 512 in fp32 on one rank, on two data-parallel ranks
+(ZeRO-1) and in two pipeline stages; `--quick` the same with a tiny model; `--device cuda` 1.3B whole and layers shaped
+like a 7B model's in bfloat16. Cores are divided among the ranks of a contestant.
+
+Two contestants at a time take turns, A B A B …; a ratio is the median over rounds of the ratio within a round. Flops
+are InternLM's count: with a = 3 passes, 4 where blocks are recomputed (hardware flops), `a·((8 + 6·mlp/h)·B·s·h² +
+4·B·s²·h)·L + 6·B·s·h·V`. MFU and HFU divide by the data sheet's peak; beside them stands the share of the rate at
+which this device multiplied matrices of the model's own shape in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from pairs import Ratio, facts, headline, in_turn, ratio, table, write_json
+from step_peers import Facts, Sizes
+
+from internlm_ds.plan.compute import flops_per_step
+
+PEERS = Path(__file__).with_name("step_peers.py")
+PLAIN = "plain PyTorch"
+
+CPU = Sizes("8 layers of 512", hidden=512, layers=8, heads=8, mlp=1536, vocab=8192, seq=512, rows=2, micro_batches=4)
+TINY = Sizes("4 layers of 64", hidden=64, layers=4, heads=4, mlp=256, vocab=512, seq=64, rows=2, micro_batches=4)
+
+
+def gpu_sizes() -> list[Sizes]:
+    """1.3B whole, then 7B-shaped layers, 4 and 8 of them, by sequence length, unpacked and packed."""
+    half = {"dtype": "bfloat16", "micro_batches": 4}
+    sizes = [Sizes("1.3B", 2048, 24, 16, 5632, 32000, seq=2048, rows=4, **half)]
+    for layers in (4, 8):
+        seven = Sizes(f"7B × {layers}", 4096, layers, 32, 11008, 103168, seq=2048, rows=4, **half)
+        for seq in (2048, 4096, 8192):
+            one = replace(seven, seq=seq, rows=8192 // seq)
+            sizes += [one, replace(one, packed=True)]
+    return sizes
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A contestant, and whom it is compared with."""
+
+    name: str
+    facts: Facts
+    over: str
+
+
+def contestants(sizes: Sizes, device: str, *, compiled: bool) -> tuple[dict[str, Facts], list[Pair]]:
+    """The peers that others are compared with, and the comparisons."""
+    plain = Facts("plain", sizes, device)
+    alone = Facts("ours", sizes, device)
+    bases = {PLAIN: plain}
+    pairs = [
+        Pair("Hugging Face + DeepSpeed ZeRO-1", Facts("hf", sizes, device), PLAIN),
+        Pair("internlm-ds", alone, PLAIN),
+    ]
+    if compiled:
+        bases["plain PyTorch, compiled"] = replace(plain, compile=True)
+        pairs.append(Pair("internlm-ds, compiled", replace(alone, own="compile=True"), "plain PyTorch, compiled"))
+    if device == "cpu":
+        stages = replace(alone, pipe=2)
+        bases["2 stages, 1F1B"] = stages
+        pairs += [
+            Pair("2 ranks, ZeRO-1", replace(alone, data=2), PLAIN),
+            Pair("2 stages, 1F1B", stages, PLAIN),
+            Pair("2 stages, zero bubble", replace(stages, own="pipeline_schedule='zb-h1'"), "2 stages, 1F1B"),
+            Pair("2 stages, 2 chunks", replace(stages, chunks=2), "2 stages, 1F1B"),
+        ]
+    return bases, pairs
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
+
+
+class Contestant:
+    """The processes of one contestant; they wait until they are told to take steps."""
+
+    def __init__(self, facts: Facts, *, threads: int):
+        folder = tempfile.mkdtemp()
+        self.errors = Path(folder, "errors")
+        self.facts = replace(facts, store=str(Path(folder, "store")))
+        size = self.facts.world_size
+        self.processes = []
+        for rank in range(size):
+            environ = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size}
+            environ |= {"OMP_NUM_THREADS": max(1, threads // size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
+            if facts.device == "cpu":
+                environ |= {"DS_ACCELERATOR": "cpu"}
+            with self.errors.open("a") as errors:
+                process = subprocess.Popen(
+                    [sys.executable, str(PEERS), self.facts.dumps()],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=errors,
+                    text=True,
+                    env={**os.environ, **{key: str(value) for key, value in environ.items()}},
+                )
+            self.processes.append(process)
+        for process in self.processes:
+            self._line(process)
+
+    def steps(self, count: int) -> list[dict[str, Any]]:
+        """What every rank says of so many steps."""
+        for process in self.processes:
+            assert process.stdin is not None
+            process.stdin.write(f"{count}\n")
+            process.stdin.flush()
+        return [json.loads(self._line(process)) for process in self.processes]
+
+    def _line(self, process: subprocess.Popen[str]) -> str:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        if not line:
+            raise ContestantFailed(self.errors.read_text(errors="replace")[-1500:])
+        return line
+
+    def close(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+class ContestantFailed(RuntimeError):
+    """A process ended before it answered; holds the end of its error output."""
+
+
+@contextlib.contextmanager
+def running(facts: Facts, args: argparse.Namespace) -> Iterator[Contestant]:
+    """A contestant whose buffers, caches and states are made."""
+    contestant = Contestant(facts, threads=args.threads)
+    try:
+        contestant.steps(args.warm_up)
+        yield contestant
+    finally:
+        contestant.close()
+
+
+@dataclass
+class Figures:
+    """What a contestant showed in all its turns."""
+
+    seconds: list[float]
+    peaks: list[list[float]]
+    loss: float = 0.0
+
+    def turn(self, contestant: Contestant, steps: int) -> float:
+        """Take steps; the median of their seconds."""
+        answers = contestant.steps(steps)
+        self.seconds.append(statistics.median(answers[0]["seconds"]))
+        self.peaks.append([answer["peak_mb"] for answer in answers])
+        self.loss = answers[-1]["loss"]
+        return self.seconds[-1]
+
+
+class Arena:
+    """Lets two contestants take turns.
+
+    On the CPU a contestant that others are compared with stays ready for the next comparison. Two models do not fit
+    one GPU side by side: there every turn starts anew.
+    """
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self._ready: dict[str, Contestant] = {}
+        self._stack = contextlib.ExitStack()
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def compare(self, pair: Pair, base: Facts) -> tuple[Ratio, Figures, Figures]:
+        """Speed of the pair's contestant as a multiple of its base's, and both's figures."""
+        it, its_base = Figures([], []), Figures([], [])
+        if self.args.device == "cuda":
+            turns = {
+                "base": lambda: self._fresh_turn(base, its_base),
+                "it": lambda: self._fresh_turn(pair.facts, it),
+            }
+            seconds = in_turn(turns, rounds=self.args.rounds)
+        else:
+            if pair.over not in self._ready:
+                self._ready[pair.over] = self._stack.enter_context(running(base, self.args))
+            with running(pair.facts, self.args) as contestant:
+                turns = {
+                    "base": lambda: its_base.turn(self._ready[pair.over], self.args.steps),
+                    "it": lambda: it.turn(contestant, self.args.steps),
+                }
+                seconds = in_turn(turns, rounds=self.args.rounds)
+        return ratio(seconds["base"], seconds["it"]), it, its_base
+
+    def _fresh_turn(self, facts: Facts, figures: Figures) -> float:
+        with running(facts, self.args) as contestant:
+            return figures.turn(contestant, self.args.steps)
+
+
+# ---- the report ------------------------------------------------------------------------------------------------------
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parser().parse_args(argv)
+    if args.steps is None:
+        args.steps = 3 if args.quick else 1 if args.device == "cpu" else 5
+    if args.threads is None:
+        # threads of a tiny model wait for each other longer than they compute
+        args.threads = 1 if args.quick else _cores()
+    report = {
+        **facts(args, packages=["torch", "deepspeed", "transformers"]),
+        "cases": [],
+        "torchtitan": "installed; measure it by its own command" if _has("torchtitan") else "not installed",
+    }
+    print(headline(report), flush=True)
+    for sizes in _chosen(args):
+        arena = Arena(args)
+        with contextlib.closing(arena):
+            report["cases"].append(measure(sizes, arena))
+    print(f"\ntorchtitan: {report['torchtitan']}")
+    write_json(report, args.json)
+    return 0
+
+
+def measure(sizes: Sizes, arena: Arena) -> dict[str, Any]:
+    """All comparisons of one size; prints them as they come."""
+    args = arena.args
+    bases, pairs = contestants(sizes, args.device, compiled=args.compile)
+    rate, name = matmul_rate(sizes, args), f"{sizes.name}, {'packed ' if sizes.packed else ''}{sizes.seq}"
+    print(f"\n{name}: {sizes.tokens} tokens a step, {sizes.dtype}; matrix products at {rate / 1e9:.0f} GFLOP/s\n")
+    case: dict[str, Any] = {"sizes": vars(sizes), "matmul_flops": rate, "rows": {}}
+    shown: set[str] = set()
+    rows = []
+    for pair in pairs:
+        if args.only and args.only not in pair.name:
+            continue
+        try:
+            speed, it, base = arena.compare(pair, bases[pair.over])
+        except ContestantFailed as error:
+            print(f"{pair.name}: failed\n{error}", file=sys.stderr, flush=True)
+            case["rows"][pair.name] = {"failed": str(error)}
+            continue
+        if pair.over not in shown and pair.over not in case["rows"]:
+            rows.append(_row(case, pair.over, base, sizes, rate, None))
+        shown.add(pair.over)
+        rows.append(_row(case, pair.name, it, sizes, rate, (speed, pair.over)))
+        print(f"  {pair.name}: {speed} of {pair.over}", flush=True)
+    head = ["contestant", "tokens/s", "MFU", "HFU", "of matmul", "memory MB", "loss", "speed (min-max)", "times"]
+    print("\n" + table(head, rows), flush=True)
+    return case
+
+
+def _row(
+    case: dict[str, Any], name: str, figures: Figures, sizes: Sizes, rate: float, compared: tuple[Ratio, str] | None
+) -> list[object]:
+    seconds = statistics.median(figures.seconds)
+    flops = _flops(sizes) / seconds
+    peak = _data_sheet_peak(case)
+    values = {
+        "tokens_per_s": sizes.tokens / seconds,
+        "step_s": seconds,
+        # nothing is recomputed here, so the hardware does what the model asks for
+        "mfu": None if peak is None else flops / peak,
+        "hfu": None if peak is None else flops / peak,
+        "of_matmul": flops / rate,
+        "peak_mb": [max(rank) for rank in zip(*figures.peaks, strict=True)],
+        "loss": figures.loss,
+    }
+    if compared is not None:
+        values["speed"], values["over"] = compared
+    case["rows"][name] = values
+    shares = ["-" if values[key] is None else f"{values[key]:.1%}" for key in ("mfu", "hfu")]
+    memory = " + ".join(f"{mb:.0f}" for mb in values["peak_mb"])
+    told = [str(compared[0]), compared[1]] if compared else ["1", ""]
+    return [
+        name,
+        values["tokens_per_s"],
+        *shares,
+        f"{values['of_matmul']:.1%}",
+        memory,
+        f"{figures.loss:.3f}",
+        *told,
+    ]
+
+
+def _flops(sizes: Sizes) -> float:
+    return flops_per_step(
+        checkpoint=False,
+        seq_len=sizes.seq,
+        hidden_size=sizes.hidden,
+        num_layers=sizes.layers,
+        vocab_size=sizes.vocab,
+        global_batch_size=sizes.rows * sizes.micro_batches,
+        mlp_ratio=sizes.mlp / sizes.hidden,
+    )
+
+
+def _data_sheet_peak(case: dict[str, Any]) -> float | None:
+    if case["sizes"]["dtype"] != "bfloat16":
+        return None
+    import torch
+
+    from internlm_ds.train.metrics import device_peak_flops
+
+    return device_peak_flops(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def matmul_rate(sizes: Sizes, args: argparse.Namespace) -> float:
+    """Flops per second of the device's matrix products in the model's shape: the best of three turns."""
+    with running(Facts("matmul", sizes, args.device), args) as contestant:
+        return max(contestant.steps(1)[0]["loss"] for _ in range(3))
+
+
+def _chosen(args: argparse.Namespace) -> list[Sizes]:
+    if args.device == "cpu":
+        return [TINY if args.quick else CPU]
+    sizes = gpu_sizes()
+    return [replace(TINY, dtype="bfloat16")] if args.quick else sizes if args.size is None else [sizes[args.size]]
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _has(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    add = parser.add_argument
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="(default %(default)s)")
+    add("--quick", action="store_true", help="a tiny model: does everything run?")
+    add("--rounds", type=int, default=3, help="of A B (default %(default)s)")
+    add("--steps", type=int, help="of each in a round; their median counts")
+    add("--warm-up", type=int, default=2, help="steps before the first round (default %(default)s)")
+    add("--threads", type=int, help="of a contestant, divided among its ranks (default: cores; 1 with --quick)")
+    add("--only", metavar="TEXT", help="only contestants whose name contains this")
+    add("--size", type=int, metavar="N", help="with --device cuda: only the N-th size, from 0")
+    add("--compile", action="store_true", help="also compiled against compiled")
+    add("--json", metavar="FILE", help="also write the figures here")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
