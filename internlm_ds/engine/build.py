@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import deepspeed
-import deepspeed.ops
 import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
@@ -23,6 +22,7 @@ from internlm_ds.config.schema import Config
 from internlm_ds.engine.channels import Channels
 from internlm_ds.engine.engine import Engine, ZeroGroups
 from internlm_ds.engine.module import StageModule
+from internlm_ds.engine.quickstart import spare_the_compiler, spare_the_search_for_operators
 from internlm_ds.layout.ranks import Layout
 from internlm_ds.layout.stages import StageBounds
 from internlm_ds.model.layers import LayerEntry
@@ -51,6 +51,8 @@ def build(
         loss_fn: `(outputs, labels) -> scalar` on the last stage.
     """
     adopt_process_groups()
+    if not config.internlm_ds.compile:
+        spare_the_compiler()
     pipeline = Pipeline.from_config(config, context.layout)
     with quiet():
         module = StageModule(
@@ -88,7 +90,7 @@ def adopt_process_groups() -> None:
     On CPU it would otherwise compile a shared-memory operator at start, which only its inference needs: told here that
     it is not available, it builds nothing and needs no compiler.
     """
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    spare_the_search_for_operators()["deepspeed_shm_comm"] = False
     with quiet():
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
 
