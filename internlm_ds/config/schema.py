@@ -312,7 +312,7 @@ class OwnConfig:
     guard: GuardConfig = GuardConfig()
     keep_checkpoints: int = 0
     compile: bool = False
-    chunked_loss: bool | str = "auto"
+    chunked_loss: bool | Literal["auto"] = "auto"
     pipeline_schedule: str = "1f1b"
     pipeline_bounds: tuple[int, ...] | None = None
     data_weights: Mapping[str, float] | None = None

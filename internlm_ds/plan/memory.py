@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 from internlm_ds.arch.spec import LayerSpec, ModelArch
 from internlm_ds.config.schema import ModelConfig
+from internlm_ds.layout.loss_chunks import Setting, is_chunked, rows_of_chunk
 from internlm_ds.layout.ranks import Layout
 from internlm_ds.layout.shards import local_numel
 from internlm_ds.layout.stages import stage_layers
@@ -84,10 +85,12 @@ class Step:
     Attributes:
         tokens: T.
         micro_num: Micro-batches of the step.
+        chunked_loss: `internlm_ds.chunked_loss`.
     """
 
     tokens: int
     micro_num: int
+    chunked_loss: Setting = "auto"
 
 
 def stages(
@@ -114,7 +117,7 @@ def stages(
         # tensor rank 0 has the most: the slices that are longer, and the biases that are added once
         numel = sum(local_numel(param, size=layout.tensor) for layer in layers for param in layer.params)
         states, host_bytes = _states(layers, numel, model, layout, ds_config)
-        components = (*states, *_activations(runs, arch, model, schedule, stage, step))
+        components = (*states, *_activations(runs, arch, model, layout.tensor, schedule, stage, step))
         found.append(StageMemory(stage, (start, stop), numel, components, host_bytes))
     return tuple(found)
 
@@ -179,7 +182,13 @@ def _unsummed_gradients(numel: int, largest: int, b: int, ds_config: Mapping[str
 
 
 def _activations(
-    runs: Sequence[tuple[int, int]], arch: ModelArch, model: ModelConfig, schedule: Pipeline, stage: int, step: Step
+    runs: Sequence[tuple[int, int]],
+    arch: ModelArch,
+    model: ModelConfig,
+    tensor: int,
+    schedule: Pipeline,
+    stage: int,
+    step: Step,
 ) -> list[Component]:
     b, T, H = BYTES[model.dtype], step.tokens, arch.hidden_size
     # several chunks: a micro-batch under way in one of them keeps that share of the stage's activations
@@ -198,7 +207,7 @@ def _activations(
     if recomputed:
         nbytes, formula = math.ceil(in_flight * recomputed * kept), f"{many}{recomputed}·b·T·H"
         found.append(Component("inputs of recomputed blocks", nbytes, formula, "forward_backward"))
-    found.append(_work(arch, model, layers, tokens=T, recomputes=recomputed > 0))
+    found.append(_work(arch, model, layers, step=step, tensor=tensor, recomputes=recomputed > 0))
     if schedule.kind == "zb-h1" and stage:
         found.append(_put_off(arch, model, tokens=T, blocks=blocks, waiting=min(stage, step.micro_num)))
     if schedule.stages > 1:
@@ -229,13 +238,13 @@ def _widths(arch: ModelArch, *, of_hidden: int, of_keys: int) -> tuple[int, str]
     return of_hidden * arch.hidden_size + of_keys * keys, f"{of_hidden}H + {of_keys}K"
 
 
-def _work(arch: ModelArch, model: ModelConfig, layers: list[LayerSpec], *, tokens: int, recomputes: bool) -> Component:
+def _work(
+    arch: ModelArch, model: ModelConfig, layers: list[LayerSpec], *, step: Step, tensor: int, recomputes: bool
+) -> Component:
     """The larger of two work areas that never exist together: the loss, and the backward pass of one block."""
-    b, T, H, V = BYTES[model.dtype], tokens, arch.hidden_size, arch.vocab_size
+    b, T, H = BYTES[model.dtype], step.tokens, arch.hidden_size
     backward = b * T * (4 * arch.mlp_hidden_size + 2 * H) + (block_bytes(arch, model, tokens=T) if recomputes else 0)
-    # logits, and in fp32: log-probabilities, their gradient, and the gradient of the logits
-    loss = T * V * (12 + b)
-    formula = "T·V·(12 + b)"
+    loss, formula = _loss(arch, model, step=step, tensor=tensor)
     if any(layer.kind == "norm" for layer in layers):
         # the final norm keeps its fp32 input and its two results
         loss, formula = loss + T * H * (4 + 2 * b), f"{formula} + T·H·(4 + 2b)"
@@ -243,6 +252,26 @@ def _work(arch: ModelArch, model: ModelConfig, layers: list[LayerSpec], *, token
         return Component("logits and loss", loss, formula, "forward_backward")
     formula = "b·T·(4F + 2H)" + (" + one block" if recomputes else "")
     return Component("backward of one block", backward, formula, "forward_backward")
+
+
+def _loss(arch: ModelArch, model: ModelConfig, *, step: Step, tensor: int) -> tuple[int, str]:
+    """Bytes of logits and loss, and their formula; v words of a rank.
+
+    Whole logits: they, and in fp32 log-probabilities, their gradient, and the gradient of the logits. In chunks of R
+    rows: a chunk's logits, in fp32 too where they are not, the fp32 gradients of hidden and of the head's matrix, and
+    the latter in the model's dtype.
+    """
+    b, T, H = BYTES[model.dtype], step.tokens, arch.hidden_size
+    v = math.ceil(arch.vocab_size / tensor)
+    letter = "V" if tensor == 1 else "v"
+    if not is_chunked(step.chunked_loss, tokens=T, width=arch.vocab_size // tensor):
+        if not model.parallel_output:
+            v, letter = arch.vocab_size, "V"
+        return T * v * (12 + b), f"T·{letter}·(12 + b)"
+    rows, copy = min(T, rows_of_chunk(v, device="cuda")), b if b != 4 else 0
+    nbytes = rows * v * (4 + copy) + 4 * T * H + v * H * (4 + copy)
+    inner = "4 + b" if copy else "4"
+    return nbytes, f"{rows}·{letter}·({inner}) + 4·T·H + {letter}·H·({inner})"
 
 
 def block_bytes(arch: ModelArch, model: ModelConfig, *, tokens: int) -> int:

@@ -105,8 +105,8 @@ def stage_memory(
     """Memory of every stage, on the run's own layout or another one; empty for a registered model type."""
     if spec.arch is None:
         return ()
-    step = memory.Step(config.data.micro_bsz * config.data.seq_len, config.data.micro_num)
     layout, own = layout or spec.layout, config.internlm_ds
+    step = memory.Step(config.data.micro_bsz * config.data.seq_len, config.data.micro_num, own.chunked_loss)
     # the user's borders are for the layout of the file
     fits = own.pipeline_bounds is not None and len(own.pipeline_bounds) == layout.pipe * layout.chunks + 1
     return memory.stages(

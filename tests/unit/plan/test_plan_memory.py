@@ -92,3 +92,23 @@ def test_formulas_name_the_width_of_keys() -> None:
         assert arch is not None
         assert memory.block_formula(arch, model) == f"(b·T·({kept}) + 4·T·(N + D))"
     assert memory.block_formula(internlm.build(model), model) == "(b·T·(11H + 4F) + 4·T·(N + D))"
+
+
+@pytest.mark.parametrize(
+    ("chunked", "tensor", "formula"),
+    [
+        ("auto", 1, "2601·V·(4 + b) + 4·T·H + V·H·(4 + b)"),
+        ("auto", 2, "5203·v·(4 + b) + 4·T·H + v·H·(4 + b)"),
+        (False, 1, "T·V·(12 + b)"),
+        (False, 2, "T·v·(12 + b)"),
+    ],
+)
+def test_loss_in_chunks(chunked: Any, tensor: int, formula: str) -> None:
+    """Tokens of a micro-batch are all there, a chunk's logits are what the layers would make."""
+    model = ModelConfig(num_layers=1, hidden_size=64, vocab_size=103168, num_attention_heads=4, dtype="bfloat16")
+    step = memory.Step(tokens=8192, micro_num=1, chunked_loss=chunked)
+    found, written = memory._loss(internlm.build(model), model, step=step, tensor=tensor)
+    assert written == formula
+    v, rows = 103168 // tensor, {1: 2601, 2: 5203}[tensor]
+    in_chunks = rows * v * 6 + 4 * 8192 * 64 + v * 64 * 6
+    assert found == (8192 * v * 14 if chunked is False else in_chunks)
