@@ -26,7 +26,10 @@ STEPS = 6
 def start(path: str, case: Case, store: Path):
     """The ranks of a run, each a process; nobody waits for them."""
     where = (inspect.getfile(train), train.__module__, train.__qualname__)
-    return ranks._start(where, case.layout, (path, case), meeting=ranks.Meeting(str(store), 60.0, "gloo"))
+    processes, pipes = ranks._start(where, case.layout, (path, case), meeting=ranks.Meeting(str(store), 60.0, "gloo"))
+    for pipe in pipes:
+        pipe.close()  # nobody reads: a rank that has finished must not wait until its result is taken
+    return processes
 
 
 def kill_at_a_random_moment(processes, folder: Path, chance: random.Random) -> None:
@@ -68,10 +71,7 @@ def disturbed(case: Case, folder: Path, expected: dict[str, torch.Tensor], *, ki
     chance, path = random.Random(seed), case.write(folder)
     saved = Path(case.save_folder)
     for number in range(kills):
-        processes, pipes = start(path, case, folder / f"store{number}")
-        kill_at_a_random_moment(processes, saved, chance)
-        for pipe in pipes:
-            pipe.close()
+        kill_at_a_random_moment(start(path, case, folder / f"store{number}"), saved, chance)
     step = newest(saved)
     for rank in run_ranks(train, case.layout, path, case, timeout_s=200):
         assert rank.first_step == step
