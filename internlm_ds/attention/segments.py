@@ -11,6 +11,7 @@ Legend: T tokens of the micro-batch, S segments.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -55,20 +56,20 @@ class Segments:
         """One segment of `num_tokens` tokens."""
         return cls(torch.tensor([0, num_tokens], dtype=torch.int32, device=device))
 
-    @property
+    @cached_property
     def num_tokens(self) -> int:
         return self.borders[-1]
 
-    @property
+    @cached_property
     def lengths(self) -> tuple[int, ...]:
         return tuple(b - a for a, b in zip(self.borders, self.borders[1:]))
 
-    @property
+    @cached_property
     def max_seqlen(self) -> int:
         """Tokens of the longest segment."""
         return max(self.lengths)
 
-    @property
+    @cached_property
     def equal_length(self) -> int | None:
         """The common length when all segments are equally long, else None."""
         lengths = self.lengths

@@ -323,6 +323,8 @@ OWN = Section(
     schema.OwnConfig,
     {
         "keep_checkpoints": _at_least_0,
+        "attention": rules.choice("auto", "flash", "varlen", "sdpa", "reference"),
+        "deterministic": _flag,
         "compile": _flag,
         "chunked_loss": rules.flag_or("auto"),
         "pipeline_schedule": rules.choice("1f1b", "zb-h1"),

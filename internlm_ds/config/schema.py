@@ -306,11 +306,14 @@ class OwnConfig:
     """`internlm_ds = dict(...)`: what a user may ask of this software and InternLM has no word for.
 
     `keep_checkpoints`: so many of the newest normal checkpoints stay in the save folder (0 = all).
+    `attention`: `auto`, or the backend that it must be. `deterministic`: the same bits on a device each time.
     """
 
     compat: CompatConfig = CompatConfig()
     guard: GuardConfig = GuardConfig()
     keep_checkpoints: int = 0
+    attention: str = "auto"
+    deterministic: bool = False
     compile: bool = False
     chunked_loss: bool | Literal["auto"] = "auto"
     pipeline_schedule: str = "1f1b"

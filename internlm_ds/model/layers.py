@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from internlm_ds.arch.spec import LayerSpec, ModelArch
-from internlm_ds.attention.select import Attend, attention_function
+from internlm_ds.attention.kernels import Attend
+from internlm_ds.attention.select import attention_function
 from internlm_ds.config.schema import ModelConfig
 from internlm_ds.errors import ConfigError
 from internlm_ds.layout.loss_chunks import Setting
@@ -53,7 +54,7 @@ def build_layers(
     tensor: Axis,
     seed: int | None,
     dtype: torch.dtype,
-    attention: str = "auto",
+    attention: str | Attend = "auto",
     norm_dtype: torch.dtype | None = None,
     sequence_parallel: bool = False,
     chunked_loss: Setting = False,
@@ -66,7 +67,8 @@ def build_layers(
         tensor: The axis that layers are split over.
         seed: Of the initial values; None leaves parameters uninitialised, for a checkpoint that fills all of them.
         dtype: Of parameters and activations.
-        attention: `auto`, `flash`, `sdpa` or `reference`.
+        attention: A backend's function, or the name of one to be chosen at the first call: `auto`, `flash`, `varlen`,
+            `sdpa` or `reference`.
         norm_dtype: Of norm parameters; `dtype` when None, fp32 for `use_fp32_norm`.
         sequence_parallel: Between tensor regions a rank has its share of the tokens, which must divide by the axis.
         chunked_loss: The head may leave its product to the loss (`PendingLogits`); for who trains with `model.loss`.
@@ -78,7 +80,9 @@ def build_layers(
         raise ConfigError(f"model family {arch.family!r} has no layers; there are {', '.join(_ATTENTION)}")
     if model.apply_post_layer_norm and arch.family == "internlm":
         raise ConfigError("model.apply_post_layer_norm = True: InternLM v1 has pre-norm blocks only; use False")
-    attend = attention_function(attention, use_flash_attn=model.use_flash_attn)
+    attend = attention
+    if isinstance(attend, str):
+        attend = attention_function(attend, use_flash_attn=model.use_flash_attn)
     parts = _Parts(arch, model, tensor, dtype, norm_dtype, attend, sequence_parallel and tensor.size > 1, chunked_loss)
     for spec in arch.iter_params():
         shard_of(spec, size=tensor.size, rank=tensor.rank)  # raises where it does not divide, before anything is built

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from internlm_ds.attention import sdpa
+from internlm_ds.attention.kernels import Attend
 from internlm_ds.attention.segments import Segments
-from internlm_ds.attention.select import Attend
 from internlm_ds.model.rotary import Rotary, Tables
 from internlm_ds.parallel.collectives import enter_region, share
 from internlm_ds.parallel.context import Axis

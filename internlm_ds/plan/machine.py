@@ -102,6 +102,7 @@ def obstacles(spec: RunSpec, plan: Plan, facts: MachineFacts) -> list[Problem]:
     assert config is not None, "obstacles need a configuration that loaded"
     return [
         *_precision(spec, config, facts),
+        *_attention(spec, config, facts),
         *_devices(facts),
         *_axes(spec, config, facts),
         *_memory(spec, config, plan, facts),
@@ -155,6 +156,13 @@ def _precision(spec: RunSpec, config: Config, facts: MachineFacts) -> Iterator[P
         why = "fp16 needs a GPU and this machine has none" if not facts.gpu_count else "this machine cannot train fp16"
         message = f'{why}; "torch.float32" and "torch.bfloat16" run here'
         yield Problem("model.dtype", message, "torch.float16", _line(spec, "model.dtype"))
+
+
+def _attention(spec: RunSpec, config: Config, facts: MachineFacts) -> Iterator[Problem]:
+    named = config.internlm_ds.attention
+    if named in ("flash", "varlen") and not facts.gpu_count:
+        message = 'needs a GPU and this machine has none; "auto", "sdpa" and "reference" run here'
+        yield Problem("internlm_ds.attention", message, named, _line(spec, "internlm_ds.attention"))
 
 
 def _devices(facts: MachineFacts) -> Iterator[Problem]:
@@ -220,6 +228,8 @@ def _ways(path: str | Path, facts: MachineFacts, overrides: Sequence[str]) -> It
     if config is None:
         return
     base = [*_axes_overrides(config, facts), *_load_override(config)]
+    if config.internlm_ds.attention in ("flash", "varlen") and not facts.gpu_count:
+        base.append("internlm_ds.attention=auto")
     dtypes: list[list[str]] = [[]]
     if config.model.dtype == "float16" and not facts.fp16_ok:
         dtypes = [["model.dtype=torch.float32"], ["model.dtype=torch.bfloat16"]]

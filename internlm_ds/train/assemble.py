@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from internlm_ds.attention.select import select
+from internlm_ds.attention.select import Choice, select
 from internlm_ds.checkpoint.manager import plan_start
 from internlm_ds.config import load
 from internlm_ds.config.schema import Config
@@ -152,7 +152,7 @@ class Training:
         folder = rundir.place(self.options.run_dir, job_name=self.config.job_name, launched=launched)
         rundir.create(folder, spec=self.spec, translation=self.translation, comm=comm)
         log.setup(folder, rank=context.rank, is_log_rank=context.is_log_rank)
-        set_global_state(self.config, seed=self.options.seed)
+        set_global_state(self.config, seed=self.options.seed, device=context.device)
         log_start(context, seed=self.options.seed, launched=launched)
 
         data = {"data_rank": context.data.rank, "data_size": context.data.size}
@@ -270,8 +270,35 @@ def layer_entries(spec: RunSpec, context: ParallelContext, *, seed: int) -> list
         keywords = model_keywords(spec.leaves, dtype=dtype)
         return build_registered(spec.config.model_type, keywords, **axis, pipe_size=context.pipe.size, seed=seed)
     norm_dtype = torch.float32 if spec.config.use_fp32_norm else None
-    chunked = spec.config.internlm_ds.chunked_loss
-    return build_layers(spec.arch, model, **axis, seed=seed, dtype=dtype, norm_dtype=norm_dtype, chunked_loss=chunked)
+    return build_layers(
+        spec.arch,
+        model,
+        **axis,
+        seed=seed,
+        dtype=dtype,
+        attention=choose_attention(spec, context.device).attend,
+        norm_dtype=norm_dtype,
+        chunked_loss=spec.config.internlm_ds.chunked_loss,
+    )
+
+
+def choose_attention(spec: RunSpec, device: torch.device) -> Choice:
+    """The attention backend of this run on this device.
+
+    Raises:
+        MachineError: `internlm_ds.attention` names one that cannot run here.
+    """
+    config, arch = spec.config, spec.arch
+    assert arch is not None, "a registered model brings its own attention"
+    return select(
+        config.internlm_ds.attention,
+        use_flash_attn=config.model.use_flash_attn,
+        device=device,
+        dtype=getattr(torch, config.model.dtype),
+        head_dim=arch.head_dim,
+        dropout=config.model.attn_drop_rate,
+        deterministic=config.internlm_ds.deterministic,
+    )
 
 
 def split_vocabulary(config: Config) -> int | None:
@@ -288,13 +315,17 @@ def stage_bounds(spec: RunSpec, entries: Sequence[LayerEntry]) -> StageBounds:
     return tuple(map(tuple, partition_uniform(len(entries), pipe=layout.pipe, chunks=layout.chunks)))
 
 
-def set_global_state(config: Config, *, seed: int) -> None:
-    """Seeds, cuDNN flags and tf32: what torch keeps for the whole process."""
+def set_global_state(config: Config, *, seed: int, device: torch.device) -> None:
+    """Seeds, cuDNN flags, tf32 and determinism: what torch keeps for the whole process."""
     rng.seed_everything(seed)
     torch.backends.cudnn.benchmark = config.cudnn_benchmark
     torch.backends.cudnn.deterministic = config.cudnn_deterministic
     torch.backends.cuda.matmul.allow_tf32 = config.model.tf32
     torch.backends.cudnn.allow_tf32 = config.model.tf32
+    if config.internlm_ds.deterministic and device.type == "cuda":  # a CPU always adds in the same order
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts; torch asks for it
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 class Recorder:
@@ -408,16 +439,13 @@ def log_end(state: TrainState, *, finished: bool, signals: SignalWatch) -> None:
 
 def log_model(engine: Engine, spec: RunSpec) -> None:
     """The tutorial's fourth line, and what this run chose."""
-    arch, model = spec.arch, spec.config.model
+    arch = spec.arch
     owned = sum(group["params"][0].numel() for group in engine.optimizer.param_groups)
     sizes = [owned] * engine.zero_groups.shard_size
     logger.info("Number of elements on ranks: %s, rank:%d", sizes, engine.global_rank)
     if arch is not None:
         logger.info("parameters of the whole model: %d", arch.num_params)
-        choice = select(
-            model.use_flash_attn, device=engine.device, dtype=getattr(torch, model.dtype), head_dim=arch.head_dim
-        )
-        logger.info("%s", choice.line)
+        logger.info("%s", choose_attention(spec, engine.device).line)
     logger.info(
         "optimizer %s, parameters of this stage: %d",
         *(type(engine.optimizer).__name__, sum(p.numel() for p in engine.module.parameters())),

@@ -80,11 +80,34 @@ def _recompute(leaf: Leaf, facts: Facts) -> Verdict:
 
 
 def _flash(leaf: Leaf, facts: Facts) -> Verdict:
+    named = facts.config.internlm_ds.attention
     if not leaf.value:
-        return native("torch's own attention; data is unpacked unless data.use_packed_dataset says otherwise")
+        which = "torch's own attention" if named == "auto" else f'internlm_ds.attention = "{named}"'
+        return native(f"{which}; data is unpacked unless data.use_packed_dataset says otherwise")
+    if named != "auto":
+        return native(f'internlm_ds.attention = "{named}"; equal up to rounding')
     if facts.config.model.dtype == "float32":
         return approximate("attention stays fp32; InternLM's flash attention casts queries, keys and values to bf16")
     return native("the fastest attention at hand: flash-attn, else torch's own; equal up to rounding")
+
+
+def _attention(leaf: Leaf, facts: Facts) -> Verdict:
+    model, arch = facts.config.model, facts.spec.arch
+    if leaf.value == "auto":
+        return no_effect("model.use_flash_attn says which attention runs")
+    if arch is None:
+        return refused('a registered model brings its own attention; write "auto"')
+    if leaf.value in ("sdpa", "reference"):
+        return native("torch's own attention" if leaf.value == "sdpa" else "attention as its formula says, slow")
+    anywhere = '"auto", "sdpa" and "reference" can'
+    if model.dtype == "float32":
+        return refused(f"flash kernels have no float32; {anywhere}")
+    if arch.head_dim > 256:
+        return refused(f"flash kernels take heads of up to 256, these have {arch.head_dim}; {anywhere}")
+    if leaf.value == "varlen" and model.attn_drop_rate:
+        return refused(f"it drops no attention weights (model.attn_drop_rate = {model.attn_drop_rate}); {anywhere}")
+    what = "the package flash-attn" if leaf.value == "flash" else "torch's own flash kernels"
+    return native(f"{what}, or an error at start where they cannot run")
 
 
 def _selective(leaf: Leaf, facts: Facts) -> Verdict:
@@ -357,6 +380,12 @@ RULES: dict[str, Rule] = {
     "internlm_ds.guard.drift_every": always(native("our training guard compares the ranks' copies of each parameter")),
     "internlm_ds.keep_checkpoints": neutral(
         0, off="all checkpoints stay", on=native("older checkpoints go when a new one is complete")
+    ),
+    "internlm_ds.attention": _attention,
+    "internlm_ds.deterministic": neutral(
+        False,
+        off="on a GPU sums may be formed in another order each time",
+        on=native("torch.use_deterministic_algorithms, and flash-attn's deterministic backward"),
     ),
     "internlm_ds.compile": neutral(
         False, off="not compiled", on=refused("torch.compile is not built in this version; write False")

@@ -159,6 +159,8 @@ SINGLE = [
      "strings, lists and dicts only"),
     ("internlm_ds = dict(chunked_loss='never')",
      "internlm_ds.chunked_loss = 'never': must be 'auto', True or False"),
+    ("internlm_ds = dict(attention='xformers')",
+     "internlm_ds.attention = 'xformers': must be one of 'auto', 'flash', 'varlen', 'sdpa', 'reference'"),
     ("internlm_ds = dict(pipeline_schedule='gpipe')",
      "internlm_ds.pipeline_schedule = 'gpipe': must be one of '1f1b', 'zb-h1'"),
     ("internlm_ds = dict(pipeline_bounds=[0, 3, 2])",

@@ -65,6 +65,21 @@ def test_overrides_are_suggested_where_they_are_enough(tutorial: Path) -> None:
     follow(words, LAPTOP)
 
 
+def test_flash_kernels_need_a_gpu(tutorial: Path) -> None:
+    small = ["HIDDEN_SIZE=64", "NUM_LAYER=2", "VOCAB_SIZE=512", "NUM_ATTENTION_HEAD=4", "model.dtype=torch.bfloat16"]
+    asked = [*small, "parallel.zero1=-1", "internlm_ds.attention=flash"]
+    with pytest.raises(MachineError) as error:
+        resolve_here(tutorial, facts=LAPTOP, overrides=asked)
+    (problem,) = error.value.problems
+    assert str(problem) == (
+        "internlm_ds.attention = 'flash': needs a GPU and this machine has none; "
+        '"auto", "sdpa" and "reference" run here'
+    )
+    works = str(error.value).splitlines()[-1]
+    assert "--set internlm_ds.attention=auto" in works
+    follow(works.partition("pretrain.py ")[2], LAPTOP)
+
+
 def test_a_large_model_gets_recomputation_on_a_small_card(tutorial: Path) -> None:
     card = replace(SERVER, gpu_memory_bytes=60_000_000_000)
     with pytest.raises(MachineError) as error:

@@ -39,6 +39,22 @@ def refusal(spec: RunSpec, key: str) -> str:
     return found[0].message
 
 
+@pytest.mark.parametrize(
+    ("name", "override", "words"),
+    [
+        ("flash", "model.dtype=torch.float32", "have no float32"),
+        ("varlen", "model.dtype=torch.tf32", "have no float32"),
+        ("varlen", "model.hidden_size=2048", "heads of up to 256, these have 512"),
+        ("varlen", "model.attn_drop_rate=0.1", "drops no attention weights (model.attn_drop_rate = 0.1)"),
+    ],
+)
+def test_a_kernel_that_runs_nowhere_is_refused(spec_of: SpecOf, name: str, override: str, words: str) -> None:
+    message = refusal(
+        spec_of("model.dtype=torch.bfloat16", f"internlm_ds.attention={name}", override), "internlm_ds.attention"
+    )
+    assert words in message and '"auto", "sdpa" and "reference" can' in message
+
+
 # ---- the report -----------------------------------------------------------------------------------
 
 
@@ -329,6 +345,16 @@ def test_neutral_modes_have_no_effect(spec_of: SpecOf) -> None:
         ("parallel.pipeline.interleaved_overlap", ["model.num_chunks=2"], "native", "one forward or backward pass"),
         ("parallel.pipeline.interleaved_overlap", ["model.num_chunks=1"], "no_effect", "one stage or one chunk"),
         ("internlm_ds.pipeline_schedule", ["internlm_ds.pipeline_schedule=1f1b"], "native", "our 1F1B"),
+        ("internlm_ds.attention", ["internlm_ds.attention=auto"], "no_effect", "model.use_flash_attn says"),
+        ("internlm_ds.attention", ["internlm_ds.attention=reference"], "native", "as its formula says"),
+        (
+            "internlm_ds.attention",
+            ["internlm_ds.attention=varlen", "model.dtype=torch.bfloat16"],
+            "native",
+            "or an error at start",
+        ),
+        ("model.use_flash_attn", ["internlm_ds.attention=varlen"], "native", 'internlm_ds.attention = "varlen"'),
+        ("internlm_ds.deterministic", ["internlm_ds.deterministic=True"], "native", "deterministic backward"),
         ("internlm_ds.chunked_loss", ["internlm_ds.chunked_loss=auto"], "native", "where they are many"),
         ("internlm_ds.chunked_loss", ["internlm_ds.chunked_loss=True"], "native", "a few rows at a time"),
         ("internlm_ds.chunked_loss", ["internlm_ds.chunked_loss=False"], "no_effect", "all logits"),
