@@ -12,7 +12,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,15 +121,15 @@ class Kernel:
         return found[0] if isinstance(found, tuple) else found  # some versions add the logarithms of the sums
 
 
-def find(setting: Setting) -> tuple[Kernel, str]:
-    """The best generation here, and in words what kept a better one away (usually nothing).
+def find(setting: Setting, generations: Sequence[Generation] = GENERATIONS) -> tuple[Kernel, str]:
+    """The first of these that can run here, and in words what kept a better one away (usually nothing).
 
     Raises:
         Unfit: None can run; with the reason and a remedy.
     """
     kernels.check_flash("flash-attn", setting)
     reasons = []
-    for generation in (g for g in GENERATIONS if g.installed):
+    for generation in (g for g in generations if g.installed):
         why = generation.unfit(setting)
         if why is None:
             try:
@@ -141,7 +141,7 @@ def find(setting: Setting) -> tuple[Kernel, str]:
         elif setting.capability not in generation.capabilities:
             continue  # made for another device: not worth a word while there are others
         reasons.append(f"{generation.name} {why}")
-    raise Unfit("; ".join(reasons) or _nothing(setting))
+    raise Unfit("; ".join(reasons) or _nothing(setting, generations))
 
 
 def load(generation: Generation, *, deterministic: bool = False) -> Kernel:
@@ -158,8 +158,8 @@ def load(generation: Generation, *, deterministic: bool = False) -> Kernel:
     return Kernel(generation, _version(generation), function, deterministic, names)
 
 
-def _nothing(setting: Setting) -> str:
-    others = [f"{g.name} is not for compute capability {setting.capability}.x" for g in GENERATIONS if g.installed]
+def _nothing(setting: Setting, generations: Sequence[Generation]) -> str:
+    others = [f"{g.name} is not for compute capability {setting.capability}.x" for g in generations if g.installed]
     return "; ".join(others) or ABSENT
 
 

@@ -280,6 +280,20 @@ def test_a_torch_without_flash_kernels(gpu, fakes):
     assert "varlen attention does not work: USE_FLASH_ATTENTION was not enabled" in on_gpu().line
 
 
+def test_a_trial_goes_forward_and_backward():
+    setting = Setting.of("cpu", torch.float32, 16, dropout=0.25)
+    seen = []
+
+    def attend(q, k, v, segments, *, dropout):
+        seen.append((q.shape, q.dtype, segments.borders, dropout))
+        q.register_hook(lambda gradient: seen.append("backward"))
+        return sdpa.attend(q, k, v, segments)
+
+    with torch.no_grad():
+        kernels.trial(attend, setting)
+    assert seen == [((24, 1, 16), torch.float32, (0, 8, 24), 0.25), "backward"]
+
+
 # ---- by name --------------------------------------------------------------------------------------
 
 
