@@ -53,6 +53,8 @@ class Effort:
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
+    if args.quick:
+        args.rounds, args.steps, args.many, args.layers = 3, 3, 20, 2
     effort = Effort(args.rounds, args.steps, args.few, args.many)
     case = Case(layers=args.layers, hidden=args.hidden, clip=1.0)
     with tempfile.TemporaryDirectory() as folder:
@@ -76,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--many", type=int, default=36, help="micro-batches of a long step (default %(default)s)")
     add("--layers", type=int, default=4, help="of the model (default %(default)s)")
     add("--hidden", type=int, default=32, help="width of the model (default %(default)s)")
+    add("--quick", action="store_true", help="few and small, to see that it works")
     add("--json", metavar="FILE", help="also write the figures here")
     return parser
 

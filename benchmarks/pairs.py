@@ -107,10 +107,17 @@ def facts(args: argparse.Namespace, *, packages: Sequence[str]) -> dict[str, Any
         "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
         "versions": {
             "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in packages},
+            **{name: _version(name) for name in packages},
         },
         "settings": {name: value for name, value in vars(args).items() if name != "json"},
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # a checkout, or an optional package
+        return "absent"
 
 
 def headline(report: Mapping[str, Any]) -> str:

@@ -49,8 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--megabytes", type=int, default=400, help="size of the bin (default: 400)")
     parser.add_argument("--rounds", type=int, default=5, help="(default: 5)")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="(default: 1 2)")
+    parser.add_argument("--quick", action="store_true", help="20 MB, one round, to see that it works")
     parser.add_argument("--json", metavar="FILE", help="write the figures there, too")
     args = parser.parse_args(argv)
+    if args.quick:
+        args.megabytes, args.rounds = 20, 1
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "en" / "a.bin"
         make_bin(path, num_bytes=args.megabytes * 1_000_000)

@@ -74,7 +74,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--rounds", type=int, default=5, help="of A B of the job; twice as many and one of commands (default 5)")
     add("--parts", type=_parts, default=PARTS, metavar="A,B", help=f"some of {','.join(PARTS)} (default all)")
     add("--quick", action="store_true", help="one round of the job, to see that it works")
-    add("--device", default="cpu", choices=("cpu", "cuda"), help="what a job computes on (default %(default)s)")
     add("--json", metavar="FILE", help="also write the figures here")
     return parser
 

@@ -40,19 +40,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = sys.argv[1:] if argv is None else list(argv)
     if args[:1] == [JOB]:
         return _job(*args[1:])
-    return _report(_parser().parse_args(args))
+    parser = _parser()
+    options = parser.parse_args(args)
+    if not options.model and not options.quick:
+        parser.error("--model FILE: which tokenizer? Only --quick makes one of its own")
+    return _report(options)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--model", action="append", required=True, metavar="FILE", help="a sentencepiece model; repeats")
+    add("--model", action="append", default=[], metavar="FILE", help="a sentencepiece model; repeats; needed")
     add("--megabytes", type=float, default=20.0, help="of the corpus (default %(default)s)")
     add("--large-megabytes", type=float, default=500.0, help="of the one for memory; 0: none (default %(default)s)")
     add("--text", metavar="FILE", help="a text to take instead of the mixed corpus")
     add("--root", action="append", default=[], metavar="DIR", help="a folder that corpus.py searches, too")
     add("--rounds", type=int, default=5, help="of A B A B (default %(default)s)")
-    add("--quick", action="store_true", help="1 MB, one round, no large corpus")
+    add("--quick", action="store_true", help="1 MB, one round, no large corpus; trains a tiny model if none is given")
     add("--json", metavar="FILE", help="also write the figures here")
     return parser
 
@@ -94,6 +98,27 @@ def _environ() -> dict[str, str]:
     return {"PYTHONPATH": str(Path(__file__).resolve().parents[1]), "OMP_NUM_THREADS": "1"}
 
 
+def _tiny_model(text: Path, path: Path) -> str:
+    """Trains a tokenizer in a second, of InternLM's kind: BPE, text as it is, bytes for what is unknown."""
+    import sentencepiece
+
+    with open(path, "wb") as file, open(text, encoding="utf-8") as lines:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter([line.strip() for line in lines][:2000]),
+            model_writer=file,
+            model_type="bpe",
+            vocab_size=3000,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            character_coverage=0.98,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+    return str(path)
+
+
 # ---- what is measured ------------------------------------------------------------------------------------------------
 
 
@@ -106,6 +131,7 @@ def _report(args: argparse.Namespace) -> int:
         text = Path(args.text or Path(folder) / "mixed.txt")
         report["corpus"] = args.text or corpus.write(text, megabytes=args.megabytes, roots=args.root)
         print(report["corpus"].removeprefix(folder + os.sep))
+        args.model = args.model or [_tiny_model(text, Path(folder) / "tiny.model")]
         for model in args.model:
             report[Path(model).name] = _measure(Bench(model, text, Path(folder)), args)
             _show(Path(model).name, report[Path(model).name])

@@ -220,7 +220,8 @@ class Training:
             closing.callback(recorder.close)
         profiler = None
         if self.options.profile:
-            profiler = StepProfiler(folder, context)
+            compiled = config.internlm_ds.compile
+            profiler = StepProfiler(folder, context, engine=engine, loader=loader, compiled=compiled)
             closing.callback(profiler.close)
         replicas = None
         if guard.drift_every > 0 and context.layout.world_size > 1:
