@@ -25,6 +25,7 @@ from internlm_ds.engine.module import StageModule
 from internlm_ds.engine.quickstart import spare_the_compiler, spare_the_search_for_operators
 from internlm_ds.layout.ranks import Layout
 from internlm_ds.layout.stages import StageBounds
+from internlm_ds.model.compiled import compile_blocks
 from internlm_ds.model.layers import LayerEntry
 from internlm_ds.optim.loss_scale import DynamicLossScale
 from internlm_ds.parallel.context import ParallelContext
@@ -74,6 +75,9 @@ def build(
             pipeline=pipeline,
             channels=Channels(context, ring=pipeline.chunks > 1) if pipeline.stages > 1 else None,
         )
+    if config.internlm_ds.compile:
+        # behind the engine, whose schedule may have put weight gradients off
+        engine.compiled = compile_blocks(module.forward_funcs)
     if config.model.dtype == "float16":
         engine.install_loss_scale(DynamicLossScale.from_config(config.grad_scaler))
     return engine

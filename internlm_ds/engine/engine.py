@@ -86,6 +86,8 @@ class Engine(PipelineEngine):
         self.zero_groups, self.pipeline = zero_groups, pipeline
         # called with the engine between the last backward pass and the reduction of gradients
         self.on_gradients: Callable[[Engine], None] | None = None
+        # what the log says of torch.compile; empty without
+        self.compiled = ""
         # seconds of the last step from its first micro-batch to the reduction of gradients
         self.fwd_bwd_seconds = 0.0
         super().__init__(*args, **kwargs)

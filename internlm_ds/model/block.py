@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from internlm_ds.attention.segments import Segments
 from internlm_ds.layout.loss_chunks import Setting, is_chunked
 from internlm_ds.model.norm import LayerNorm, RmsNorm
+from internlm_ds.model.rotary import Tables
 from internlm_ds.model.self_attention import KeyValueCache, SelfAttention
 from internlm_ds.parallel.collectives import enter_region
 from internlm_ds.parallel.embedding import HiddenSplitEmbedding, VocabSplitEmbedding
@@ -45,6 +46,9 @@ class Block(nn.Module):
     """
 
     NAMES = ("mixer", "norm1", "norm2", "mlp")
+
+    # given by the engine: runs a block's tensor work as compiled code (`model.compiled`)
+    compiled: Callable[[Block, Tensor, Segments], Tensor] | None = None
 
     def __init__(
         self,
@@ -71,17 +75,35 @@ class Block(nn.Module):
 
     def extend(self, hidden: Tensor, cache: KeyValueCache) -> Tensor:
         """The next t tokens of one sequence, `(t, H) -> (t, H)`; for generation."""
-        return self._run(hidden, lambda x: self.mixer.extend(x, cache))
+        residual, x = self._enter(hidden)
+        return self._leave(residual, self.mixer.extend(x, cache))
 
     def _packed(self, hidden: Tensor, cu_seqlens: Tensor) -> Tensor:
         segments = Segments.of(cu_seqlens)
-        return self._run(hidden, lambda x: self.mixer(x, segments))
+        if self.compiled is not None:
+            return self.compiled(self, hidden, segments)
+        residual, x = self._enter(hidden)
+        return self._leave(residual, self.mixer(x, segments))
 
-    def _run(self, x: Tensor, mix: Callable[[Tensor], Tensor]) -> Tensor:
+    def _enter(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual stream, and what the mixer gets."""
         run = self._recomputed if self.recompute_norms else _as_is
-        residual, x = run(self._enter_mixer, x)
-        residual, x = run(self._enter_mlp, self._residual(residual), mix(x))
+        return run(self._enter_mixer, x)
+
+    def _leave(self, residual: Tensor, mixed: Tensor) -> Tensor:
+        """The block's output from what the mixer made."""
+        run = self._recomputed if self.recompute_norms else _as_is
+        residual, x = run(self._enter_mlp, self._residual(residual), mixed)
         return self.mlp(x) + self._residual(residual)
+
+    def before_attention(self, x: Tensor, tables: Tables) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Residual stream, rotated queries and keys, values: all of `forward` before the segments matter."""
+        residual, x = self._enter(x)
+        return residual, *self.mixer._project(x, lambda dtype: tables)
+
+    def after_attention(self, residual: Tensor, context: Tensor) -> Tensor:
+        """The rest of `forward`, from what attention made, `(T, n·D)`."""
+        return self._leave(residual, self.mixer._output(context))
 
     def _enter_mixer(self, x: Tensor) -> tuple[Tensor, Tensor]:
         residual = self._drop(x)
@@ -134,9 +156,12 @@ class PostNormBlock(PreNormBlock):
     The residual stream has the model's dtype: norms give it back so.
     """
 
-    def _run(self, x: Tensor, mix: Callable[[Tensor], Tensor]) -> Tensor:
+    def _enter(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x, x
+
+    def _leave(self, residual: Tensor, mixed: Tensor) -> Tensor:
         run = self._recomputed if self.recompute_norms else _as_is
-        hidden = run(self._leave_mixer, x, mix(x))
+        hidden = run(self._leave_mixer, residual, mixed)
         return run(self._leave_mlp, hidden, self.mlp(hidden))
 
     def _leave_mixer(self, x: Tensor, mixed: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from internlm_ds.engine.build import build, cpu_computes_fp16
 from internlm_ds.engine.engine import Engine
 from internlm_ds.errors import CheckpointError, MachineError, Problem
 from internlm_ds.layout.stages import StageBounds, partition_uniform, stage_layers
+from internlm_ds.model.compiled import require_compiler
 from internlm_ds.model.layers import LayerEntry, build_layers
 from internlm_ds.model.registry import build_registered, model_keywords
 from internlm_ds.monitor import log
@@ -77,6 +78,8 @@ def prepare(options: Options, facts: LaunchFacts) -> Training:
         raise
     if missing:
         raise CheckpointError(str(missing[0]))
+    if spec.config.internlm_ds.compile:
+        require_compiler("cuda" if machine.gpu_count else "cpu")
     return Training(options, facts, spec, translation, describe(spec, translation))
 
 
@@ -447,6 +450,8 @@ def log_model(engine: Engine, spec: RunSpec) -> None:
     if arch is not None:
         logger.info("parameters of the whole model: %d", arch.num_params)
         logger.info("%s", choose_attention(spec, engine.device).line)
+    if engine.compiled:
+        logger.info("%s", engine.compiled)
     logger.info(
         "optimizer %s, parameters of this stage: %d",
         *(type(engine.optimizer).__name__, sum(p.numel() for p in engine.module.parameters())),

@@ -388,7 +388,7 @@ RULES: dict[str, Rule] = {
         on=native("torch.use_deterministic_algorithms, and flash-attn's deterministic backward"),
     ),
     "internlm_ds.compile": neutral(
-        False, off="not compiled", on=refused("torch.compile is not built in this version; write False")
+        False, off="not compiled", on=native("torch.compile of each block, around attention, in the first step")
     ),
     "internlm_ds.chunked_loss": _chunked_loss,
     "internlm_ds.pipeline_schedule": _pipeline_schedule,

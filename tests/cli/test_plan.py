@@ -49,9 +49,9 @@ def test_timeline_is_drawn_below() -> None:
 
 
 def test_what_cannot_be_translated_has_no_plan() -> None:
-    done = run_plan("model_configs/7b.py", "--world-size", 8, "--set", "internlm_ds.compile=True")
+    done = run_plan("model_configs/7b.py", "--world-size", 8, "--set", "model.is_reward=True")
     assert done.returncode == 2 and done.stdout == ""
-    assert "TranslationError: 1 problem" in done.stderr and "torch.compile" in done.stderr
+    assert "TranslationError: 1 problem" in done.stderr and "reward models" in done.stderr
 
 
 def test_what_does_not_divide_has_no_plan() -> None:

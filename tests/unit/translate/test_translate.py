@@ -298,7 +298,6 @@ def test_flash_attention_in_fp32_stays_fp32(spec_of: SpecOf) -> None:
         ("model.apply_post_layer_norm", "True", "InternLM v1 has no such block"),
         ("model.is_reward", "True", "reward models"),
         ("parallel.zero1", "{'size': -1, 'fsdp': True}", "fsdp"),
-        ("internlm_ds.compile", "True", "torch.compile"),
         ("lr_scheduler.last_epoch", "3", "last_epoch=-1"),
     ],
 )
@@ -430,12 +429,12 @@ def test_fp32_parts_of_a_half_precision_model(spec_of: SpecOf) -> None:
 
 
 def test_all_refusals_come_together_with_their_lines(spec_of: SpecOf) -> None:
-    spec = spec_of("model.is_reward=True", "internlm_ds.compile=True", 'deepspeed={"gradient_clippin": 1}')
+    spec = spec_of("model.is_reward=True", "lr_scheduler.last_epoch=3", 'deepspeed={"gradient_clippin": 1}')
     with pytest.raises(TranslationError) as error:
         translate(spec)
     assert {problem.key for problem in error.value.problems} == {
         "model.is_reward",
-        "internlm_ds.compile",
+        "lr_scheduler.last_epoch",
         "deepspeed.gradient_clippin",
     }
     assert str(spec.path) in str(error.value)
