@@ -106,6 +106,8 @@ class Engine(PipelineEngine):
             self.set_train_batch_size(self.micro_batch_size * len(micro_batches) * self.dp_world_size)
         started = time.perf_counter()
         self._gradients_ready = started
+        if isinstance(self.optimizer, ZeroOptimizer):
+            self.optimizer.begin_step()
         loss = self.train_batch(iter(micro_batches))
         self.fwd_bwd_seconds = self._gradients_ready - started
         verdict = self._verdict()

@@ -49,8 +49,9 @@ class CompiledParts:
         dtype = next(mixer.parameters()).dtype
         residual, q, k, v = self._before(block, hidden, mixer.rotary.tables_of(segments, dtype))
         context = mixer.attend(q, k, v, segments, dropout=mixer.dropout if mixer.training else 0.0)
-        # flat: how attention lays out its result depends on the segments, and code is compiled for a layout
-        return self._after(block, residual, context.flatten(1))
+        # how attention lays out its result, and in which larger tensor, depends on the segments, and code on both
+        flat = context.flatten(1)
+        return self._after(block, residual, flat.clone() if flat._is_view() else flat)
 
 
 def _before(block: Block, hidden: Tensor, tables: Tables) -> tuple[Tensor, Tensor, Tensor, Tensor]:
