@@ -1,4 +1,4 @@
-"""Gradients where the optimizer wants them: one flat tensor for each group of parameters, laid out as their weights are.
+"""Gradients where the optimizer wants them: one flat tensor per group of parameters, laid out as their weights are.
 
 DeepSpeed lets autograd make gradients, copies them into a bucket to reduce them, from there into its partition, and
 joins the partition anew at every step. Here each `parameter.grad` is a piece of the flat tensor: backward passes add
