@@ -108,12 +108,20 @@ def measure_engines(context, path: str, effort: Effort) -> dict[str, dict[str, f
             for name, step in contestants.items():
                 times[name, count].append(_median_time(step, micro_batches, steps=effort.steps))
     result = {}
+    # of each round a slope: what slows the machine down for a while slows both ends
+    slopes = {
+        name: [
+            (many - few) / (effort.many - effort.few)
+            for few, many in zip(times[name, effort.few], times[name, effort.many], strict=True)
+        ]
+        for name in contestants
+    }
     for name in contestants:
-        # of each round a slope: what slows the machine down for a while slows both ends
-        pairs = list(zip(times[name, effort.few], times[name, effort.many], strict=True))
-        per_micro_batch = statistics.median((many - few) / (effort.many - effort.few) for few, many in pairs)
+        per_micro_batch = statistics.median(slopes[name])
         rest = statistics.median(times[name, effort.few]) - effort.few * per_micro_batch
         result[name] = {"micro_batch_us": per_micro_batch * SECONDS, "rest_of_step_us": rest * SECONDS}
+        in_rounds = zip(slopes[name], slopes["internlm_ds"], strict=True)
+        result[name]["micro_batch_over_ours"] = statistics.median(theirs / ours for theirs, ours in in_rounds)
     plain = result["plain loop"]["micro_batch_us"]
     for values in result.values():
         values["overhead_per_micro_batch_us"] = values["micro_batch_us"] - plain
