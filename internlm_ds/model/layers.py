@@ -191,7 +191,9 @@ class _Parts:
             drop_rate=model.drop_rate,
             residual_in_fp32=model.residual_in_fp32,
             recompute=recompute,
-            recompute_norms=model.dropout_selective_checkpoint,
+            # RMSNorm keeps its input alone: without dropout there is nothing to forget
+            recompute_norms=model.dropout_selective_checkpoint
+            and (model.drop_rate > 0 or model.norm_type != "rmsnorm"),
         )
 
     def _block_class(self) -> type[block.Block]:

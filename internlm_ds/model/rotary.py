@@ -68,9 +68,24 @@ def rotate(x: Tensor, tables: Tables, *, neighbours: bool = False) -> Tensor:
     Pairs (a, b) come out as halves of the head, also where they went in as neighbours: queries and keys are treated
     alike, and their products do not depend on the order.
     """
+    if neighbours:
+        return rotate_plain(x, tables, neighbours=True)
+    # both halves at once: (a, b)·(cos, cos) + (b, a)·(-sin, sin), three passes instead of nine
+    wide, (cos, sin) = _widened(x, tables)
+    both = torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
+    return torch.addcmul(wide * both[0], wide.roll(wide.shape[-1] // 2, dims=-1), both[1]).to(x.dtype)
+
+
+def rotate_plain(x: Tensor, tables: Tables, *, neighbours: bool = False) -> Tensor:
+    """What `rotate` computes, pair by pair as the formula says: its oracle, and the way for neighbours."""
+    wide, (cos, sin) = _widened(x, tables)
+    a, b = (wide[..., 0::2], wide[..., 1::2]) if neighbours else wide.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(x.dtype)
+
+
+def _widened(x: Tensor, tables: Tables) -> tuple[Tensor, Tables]:
+    """x and tables in the dtype that is computed in, tables as `(T, 1, …, D/2)`."""
     compute = torch.promote_types(x.dtype, torch.float32)
     heads = (1,) * (x.dim() - 2)
     cos, sin = (t.to(compute).view(t.shape[0], *heads, t.shape[1]) for t in tables)
-    x, dtype = x.to(compute), x.dtype
-    a, b = (x[..., 0::2], x[..., 1::2]) if neighbours else x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).to(dtype)
+    return x.to(compute), (cos, sin)

@@ -278,18 +278,16 @@ def block_bytes(arch: ModelArch, model: ModelConfig, *, tokens: int) -> int:
     """What a block that is not recomputed keeps for its backward pass.
 
     Attention keeps its normed input, q k v as projected (v alone where they are separate matrices) and q k as rotated,
-    the output twice (as computed and as laid out for the next product) and the fp32 softmax statistics; the MLP its
-    input and four intermediate results (two without SwiGLU). Norms keep their input and are recomputed with
-    `dropout_selective_checkpoint`, else they keep fp32 copies. A post-norm block keeps as much.
+    the output twice (as computed and as laid out for the next product), the fp32 softmax statistics, and for each
+    rotation (of q and k together in v1) two fp32 tables of a head's width; the MLP its
+    input and three intermediate results (two without SwiGLU). RMSNorms keep their input, as any norm does that is
+    recomputed (`dropout_selective_checkpoint`); LayerNorms keep fp32 copies. A post-norm block keeps as much.
     """
     b, T, H = BYTES[model.dtype], tokens, arch.hidden_size
     hidden, _ = _widths(arch, **_kept_by_linear(arch))
-    wide = 4 if model.use_swiglu else 2
-    statistics = 4 * T * arch.num_attention_heads + 4 * T * arch.head_dim
-    if model.dropout_selective_checkpoint:
-        norms = 2 * b * T * H
-    else:
-        norms = 2 * (4 + (b if model.norm_type == "rmsnorm" else 4)) * T * H
+    wide = 3 if model.use_swiglu else 2
+    statistics = 4 * T * (arch.num_attention_heads + _rotary_tables(arch) * arch.head_dim)
+    norms = 2 * b * T * H if _norms_keep_their_input(model) else 2 * (4 + 4) * T * H
     if model.drop_rate:
         # the residual behind dropout is another tensor than the block's input; else one byte of mask an element
         norms += b * T * H if model.dropout_selective_checkpoint else 2 * T * H
@@ -307,5 +305,13 @@ def block_formula(arch: ModelArch, model: ModelConfig) -> str:
     """`block_bytes` in letters."""
     kept = _kept_by_linear(arch)
     _, hidden = _widths(arch, of_hidden=kept["of_hidden"] + 2, of_keys=kept["of_keys"])
-    copies = "" if model.dropout_selective_checkpoint else "8·T·H + "
-    return f"(b·T·({hidden} + {4 if model.use_swiglu else 2}F) + {copies}4·T·(N + D))"
+    copies = "" if _norms_keep_their_input(model) else "8·T·H + "
+    return f"(b·T·({hidden} + {3 if model.use_swiglu else 2}F) + {copies}4·T·(N + {_rotary_tables(arch)}D))"
+
+
+def _rotary_tables(arch: ModelArch) -> int:
+    return 2 if arch.family == "internlm" else 4
+
+
+def _norms_keep_their_input(model: ModelConfig) -> bool:
+    return model.dropout_selective_checkpoint or model.norm_type == "rmsnorm"

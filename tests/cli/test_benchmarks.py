@@ -50,8 +50,16 @@ def check_tokenizing(report: dict[str, Any]) -> None:
     assert set(found["ratios"]) == {"inside, 1 thread", "inside, 2 threads", "whole, 1 thread", "whole, 2 threads to 1"}
 
 
+def check_cross_entropy(report: dict[str, Any]) -> None:
+    tokens, words = report["settings"]["tokens"], report["settings"]["words"]
+    assert report["extra_bytes"]["plain"] > 2 * 4 * tokens * words, "the plain way has logits and their gradient"
+    assert report["extra_bytes_of_plain"]["chunked"]["median"] < 0.25
+    assert report["largest_difference"] < 1e-5
+
+
 CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "checkpoint": check_checkpoint,
+    "cross_entropy": check_cross_entropy,
     "engine": check_engine,
     "startup": check_startup,
     "tokenizing": check_tokenizing,

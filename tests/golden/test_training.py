@@ -36,7 +36,7 @@ lr_scheduler = {lr_scheduler}
 beta2_scheduler = {beta2_scheduler}
 model = {model}
 parallel = dict(zero1=-1, tensor=1, pipeline=dict(size={pipe}, interleaved_overlap=False), sequence_parallel=False)
-internlm_ds = dict(compat=dict(no_clip_in_fp32={no_clip}))
+internlm_ds = dict(compat=dict(no_clip_in_fp32={no_clip}), chunked_loss={chunked_loss})
 """
 
 
@@ -45,13 +45,13 @@ def test_there_are_cases():
     assert CASES
 
 
-@pytest.mark.parametrize("pipe", [1, 2])
+@pytest.mark.parametrize(("pipe", "chunked_loss"), [(1, False), (2, False), (1, True)])
 @pytest.mark.parametrize("case", CASES, ids=lambda p: p.name)
-def test_curve_equals_reference(case: Path, pipe: int, tmp_path: Path):
+def test_curve_equals_reference(case: Path, pipe: int, chunked_loss: bool, tmp_path: Path):
     curve = _curve(case)
     if curve["model_type"] not in BLUEPRINTS:
         pytest.skip(f"model family {curve['model_type']} does not exist in this version")
-    path = _write_config(curve, tmp_path, pipe=pipe)
+    path = _write_config(curve, tmp_path, pipe=pipe, chunked_loss=chunked_loss)
     got = run_ranks(_replay, Layout(pipe=pipe), str(path), str(case), timeout_s=150)[-1]
     for want, step in zip(curve["steps"], got["steps"], strict=True):
         where = f"batch {want['batch']}"
@@ -89,7 +89,7 @@ def _tiny_model(curve: dict) -> dict:
     )
 
 
-def _write_config(curve: dict, folder: Path, *, pipe: int) -> Path:
+def _write_config(curve: dict, folder: Path, *, pipe: int, chunked_loss: bool = False) -> Path:
     model = {**curve["model_kwargs"], "dtype": "torch.float32"}
     text = CONFIG.format(
         model_type=curve["model_type"],
@@ -105,6 +105,7 @@ def _write_config(curve: dict, folder: Path, *, pipe: int) -> Path:
         beta2_scheduler=curve["beta2_scheduler"],
         model=model,
         pipe=pipe,
+        chunked_loss=chunked_loss,
         no_clip=curve["compute"].startswith("fp32"),
     )
     path = folder / "replay.py"

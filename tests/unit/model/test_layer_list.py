@@ -124,8 +124,9 @@ def test_recomputation_changes_nothing(rates, selective):
 
 
 def test_recomputation_saves_activations():
-    def saved(recompute, selective):
-        model = language_model(replace(TINY, dropout_selective_checkpoint=selective), recompute=recompute)
+    def saved(recompute, selective, norm_type="layernorm"):
+        config = replace(TINY, dropout_selective_checkpoint=selective, norm_type=norm_type)
+        model = language_model(config, recompute=recompute)
         count = 0
 
         def pack(x):
@@ -138,6 +139,7 @@ def test_recomputation_saves_activations():
         return count
 
     assert saved(1.0, False) < saved(0.0, True) < saved(0.0, False)
+    assert saved(1.0, False, "rmsnorm") < saved(0.0, True, "rmsnorm") == saved(0.0, False, "rmsnorm")
 
 
 @pytest.mark.parametrize(

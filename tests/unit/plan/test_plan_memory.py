@@ -87,11 +87,11 @@ def test_block_bytes_of_grouped_heads(model_type: str, more: dict[str, Any], sel
 
 def test_formulas_name_the_width_of_keys() -> None:
     model = ModelConfig(num_attention_heads=8, num_kv_attention_heads=2)
-    for model_type, kept in (("INTERNLM2_PUBLIC", "8H + 3K + 4F"), ("LLAMA2", "7H + 2K + 4F")):
+    for model_type, kept in (("INTERNLM2_PUBLIC", "8H + 3K + 3F"), ("LLAMA2", "7H + 2K + 3F")):
         arch = blueprint(model_type, model)
         assert arch is not None
-        assert memory.block_formula(arch, model) == f"(b·T·({kept}) + 4·T·(N + D))"
-    assert memory.block_formula(internlm.build(model), model) == "(b·T·(11H + 4F) + 4·T·(N + D))"
+        assert memory.block_formula(arch, model) == f"(b·T·({kept}) + 4·T·(N + 4D))"
+    assert memory.block_formula(internlm.build(model), model) == "(b·T·(11H + 3F) + 4·T·(N + 2D))"
 
 
 @pytest.mark.parametrize(
