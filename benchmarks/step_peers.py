@@ -351,7 +351,7 @@ def ours(facts: Facts, rank: int) -> Step:
     layout = Layout(data=facts.data, pipe=facts.pipe, zero=facts.data, chunks=facts.chunks)
     device = torch.device("cuda", rank) if facts.device == "cuda" else torch.device("cpu")
     context = make_context(layout, rank=rank, local_rank=rank, device=device)
-    set_global_state(spec.config, seed=7)
+    set_global_state(spec.config, seed=7, device=device)
     entries = layer_entries(spec, context, seed=7)
     loss = StageLoss(
         label_smoothing=0.0, dataset_types=("en",), context=context, vocab_size=split_vocabulary(spec.config)
