@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -347,7 +346,7 @@ def ours(facts: Facts, rank: int) -> Step:
 
     backend, size = "nccl" if facts.device == "cuda" else "gloo", facts.world_size
     write_environment(LaunchFacts("torch", rank, size, local_rank=rank, local_size=size), backend=backend)
-    spec = resolve(_config_file(facts), world_size=size)
+    spec = resolve(_config_file(facts, rank), world_size=size)
     layout = Layout(data=facts.data, pipe=facts.pipe, zero=facts.data, chunks=facts.chunks)
     device = torch.device("cuda", rank) if facts.device == "cuda" else torch.device("cpu")
     context = make_context(layout, rank=rank, local_rank=rank, device=device)
@@ -374,12 +373,12 @@ def ours(facts: Facts, rank: int) -> Step:
     return step
 
 
-def _config_file(facts: Facts) -> str:
+def _config_file(facts: Facts, rank: int) -> str:
     sizes = facts.sizes
-    with tempfile.NamedTemporaryFile("w", suffix=".py", delete=False) as file:
-        values = {**asdict(sizes), "micro_num": sizes.micro_batches // facts.data, "pipe": facts.pipe}
-        file.write(CONFIG.format(**values, chunks=facts.chunks, own=facts.own))
-    return file.name
+    values = {**asdict(sizes), "micro_num": sizes.micro_batches // facts.data, "pipe": facts.pipe}
+    path = Path(facts.store).with_name(f"config{rank}.py")
+    path.write_text(CONFIG.format(**values, chunks=facts.chunks, own=facts.own), encoding="utf-8")
+    return str(path)
 
 
 def _packed(sizes: Sizes, tokens: Any, targets: Any, *, number: int) -> Any:
