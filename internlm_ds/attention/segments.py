@@ -29,8 +29,9 @@ class Segments:
         cu_seqlens: The same on the device, int32 `(S + 1,)`, without padding.
     """
 
-    def __init__(self, cu_seqlens: Tensor):
-        values = cu_seqlens.tolist()
+    def __init__(self, cu_seqlens: Tensor, *, values: list[int] | None = None):
+        """`values`: what `cu_seqlens` holds, where the host knows it: a GPU need not be waited for."""
+        values = cu_seqlens.tolist() if values is None else values
         count = values.index(values[-1]) if values else -1
         self.borders: tuple[int, ...] = tuple(values[: count + 1])
         rising = all(a < b for a, b in zip(self.borders, self.borders[1:]))
@@ -50,6 +51,12 @@ class Segments:
         segments = cls(cu_seqlens)
         setattr(cu_seqlens, _MEMO, (version, segments))
         return segments
+
+    @classmethod
+    def know(cls, cu_seqlens: Tensor, host: Tensor) -> None:
+        """Let `of(cu_seqlens)` take the borders from the copy that it was made of, on the host."""
+        version = None if cu_seqlens.is_inference() else cu_seqlens._version
+        setattr(cu_seqlens, _MEMO, (version, cls(cu_seqlens, values=host.tolist())))
 
     @classmethod
     def single(cls, num_tokens: int, *, device: torch.device | str = "cpu") -> Segments:

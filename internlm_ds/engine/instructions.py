@@ -14,6 +14,7 @@ import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from internlm_ds.attention.segments import Segments
 from internlm_ds.engine.channels import ACTIVATION, GRADIENT, Channels, Incoming, MessageSpec, Value, as_tuple
 from internlm_ds.errors import LayoutError
 from internlm_ds.parallel import deferred
@@ -125,7 +126,8 @@ class StageWorker:
     def _load(self, work: Load) -> None:
         inputs, labels = self._data[work.micro_batch]
         if self.pipeline.is_first(self.stage, work.chunk):
-            self._kept.inputs[_place(work)] = _on_device(inputs, self.engine.device)
+            self._kept.inputs[_place(work)] = moved = _on_device(inputs, self.engine.device)
+            _keep_borders(as_tuple(moved), as_tuple(inputs))
         if self.pipeline.is_last(self.stage, work.chunk):
             self._kept.labels[_place(work)] = _on_device(labels, self.engine.device)
 
@@ -224,6 +226,13 @@ def _on_device(value: Any, device: torch.device) -> Value:
     if torch.is_tensor(value):
         return value.to(device)
     return tuple(tensor.to(device) for tensor in value)
+
+
+def _keep_borders(moved: Sequence[torch.Tensor], host: Sequence[torch.Tensor]) -> None:
+    """Attention reads the borders of segments on the host: from where they came, without waiting for a device."""
+    match moved, host:
+        case (_, there), (_, here) if here is not there and here.dtype is torch.int32 and here.dim() == 1:
+            Segments.know(there, here)
 
 
 def _put_off_weights(module: StageModule) -> WeightGrads:

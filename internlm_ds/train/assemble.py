@@ -47,6 +47,7 @@ from internlm_ds.plan.machine import MachineFacts, resolve_here
 from internlm_ds.runspec import RunSpec
 from internlm_ds.train import evaluate, failure, rundir
 from internlm_ds.train.checkpoints import RunCheckpoints
+from internlm_ds.train.housekeeping import Housekeeping
 from internlm_ds.train.loop import LoopSettings, StepRecord, TrainLoop
 from internlm_ds.train.metrics import RecordBuilder, StageLoss, device_peak_flops
 from internlm_ds.train.options import Options
@@ -221,11 +222,19 @@ class Training:
         if context.is_log_rank:
             recorder = Recorder(self.spec, folder, context, engine, first_step=state.step_count)
             closing.callback(recorder.close)
+        housekeeping = Housekeeping(every=config.data.empty_cache_and_diag_interval, device=context.device)
+        closing.callback(housekeeping.close)
         profiler = None
         if self.options.profile:
             compiled = config.internlm_ds.compile
             profiler = StepProfiler(folder, context, engine=engine, loader=loader, compiled=compiled)
             closing.callback(profiler.close)
+
+        def batch_done() -> None:
+            housekeeping.batch_done()
+            if profiler is not None:
+                profiler.step()
+
         replicas = None
         if guard.drift_every > 0 and context.layout.world_size > 1:
             replicas = ReplicaCheck(engine.logical_parameters(), comm=comm, device=context.device)
@@ -254,7 +263,7 @@ class Training:
             record=recorder.step if recorder is not None else lambda record: None,
             evaluate=evaluate_now,
             should_stop=signals.should_stop,
-            batch_done=profiler.step if profiler is not None else lambda: None,
+            batch_done=batch_done,
             check_replicas=replicas.check if replicas is not None else lambda: None,
         )
 

@@ -55,8 +55,12 @@ GUARDS: dict[str, Guard] = {
     "fp16": _from("model.dtype and grad_scaler.*"),
     "bf16.enabled": _from("model.dtype"),
     "bf16.check_grad_overflow": Guard("must be true: bad steps are skipped and counted in every precision"),
-    "bf16.bf16_master_weights_and_grads": Guard("must be false: master weights are fp32", (False,)),
-    "bf16.bf16_optimizer_states": Guard("must be false: optimizer states are fp32", (False,)),
+    "bf16.bf16_master_weights_and_grads": Guard(
+        "must be false: master weights are fp32; bf16 loses an update below 1/512 of a weight", (False,)
+    ),
+    "bf16.bf16_optimizer_states": Guard(
+        "must be false: optimizer states are fp32, in checkpoints and in the engine", (False,)
+    ),
     "bfloat16": Guard("DeepSpeed's old name; write bf16"),
     "torch_autocast": Guard("the precision comes from model.dtype; remove it"),
     "data_types.param_dtype": _from("model.dtype"),

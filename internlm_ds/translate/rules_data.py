@@ -55,7 +55,7 @@ def _fixed_random(leaf: Leaf, facts: Facts) -> Verdict:
 
 def _diagnosis(leaf: Leaf, facts: Facts) -> Verdict:
     return approximate(
-        f"periodic diagnosis of slow ranks and emptying of the cache are {NOT_ACTIVE}; training is the same",
+        f"periodic diagnosis of slow ranks is {NOT_ACTIVE}; training is the same",
         warn=leaf.origin in ("file", "override"),
     )
 
@@ -162,7 +162,9 @@ RULES: dict[str, Rule] = {
     "data.num_worker": always(
         native("0 reads when asked, more let one thread read ahead; order and content do not depend on it")
     ),
-    "data.empty_cache_and_diag_interval": _diagnosis,
+    "data.empty_cache_and_diag_interval": always(
+        native("batches between collections of garbage, each with a line about memory; the CUDA cache is emptied")
+    ),
     "data.diag_outlier_ratio": _diagnosis,
     "data.total_steps": always(native("batches of the run")),
     "data.train_folder": always(native("read by our loader; None trains on random tokens")),
