@@ -106,17 +106,17 @@ def test_wrong_input_ends_with_2(args: tuple[str, ...], env: dict[str, str], wor
 
 def test_refusals_end_with_2_and_stand_in_the_report(tmp_path: Path) -> None:
     report = tmp_path / "report.json"
-    args = (DEBUG, "--set", "model.is_reward=True", "--set", "internlm_ds.compile=True", "-o", tmp_path / "ds.json")
+    args = (DEBUG, "--set", "model.is_reward=True", "--set", "internlm_ds.attention=flash", "-o", tmp_path / "ds.json")
     done = convert(*args, "--report", "json", "--report-file", report)
     assert done.returncode == 2
     assert done.stderr.startswith("TranslationError: 2 problems in ")
     refused = {entry["source"] for entry in json.loads(report.read_text()) if entry["fidelity"] == "refused"}
-    assert refused == {"model.is_reward", "internlm_ds.compile"}
+    assert refused == {"model.is_reward", "internlm_ds.attention"}
     assert not (tmp_path / "ds.json").exists()
 
 
 def test_a_json_report_on_stderr_stays_json_when_keys_are_refused() -> None:
-    done = convert(DEBUG, "--set", "internlm_ds.compile=True", "--report", "json")
+    done = convert(DEBUG, "--set", "internlm_ds.attention=flash", "--report", "json")
     assert done.returncode == 2 and done.stdout == ""
     assert "refused" in {entry["fidelity"] for entry in json.loads(done.stderr)}
 
