@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
     """Runs, medians, ratios to `plain`, and the largest difference between results."""
-    runs: dict[str, list[Run]] = {name: [] for name in CONTESTANTS}
-    for turn in range(args.rounds):
-        for name in list(CONTESTANTS)[:: -1 if turn % 2 else 1]:
-            runs[name].append(_run(name, args))
+    runs = pairs.in_turn({name: partial(_run, name, args) for name in CONTESTANTS}, rounds=args.rounds)
     seconds = {name: [run.seconds for run in found] for name, found in runs.items()}
     processor = {name: [run.cpu_seconds for run in found] for name, found in runs.items()}
     extra = {name: [float(run.extra_bytes) for run in found] for name, found in runs.items()}

@@ -20,9 +20,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 Measure = Callable[[], float]
+Figure = TypeVar("Figure")
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,13 @@ class Finished:
     cpu_seconds: float
 
 
-def in_turn(contestants: Mapping[str, Measure], *, rounds: int) -> dict[str, list[float]]:
+def in_turn(contestants: Mapping[str, Callable[[], Figure]], *, rounds: int) -> dict[str, list[Figure]]:
     """What each contestant returns, round by round: A B C A B C …, every other round backwards.
 
-    A contestant measures itself and returns its figure (seconds, or a rate), so that its preparations do not count.
+    A contestant measures itself and returns its figure (seconds, a rate, several at once), so that its preparations do
+    not count.
     """
-    figures: dict[str, list[float]] = {name: [] for name in contestants}
+    figures: dict[str, list[Figure]] = {name: [] for name in contestants}
     for turn in range(rounds):
         for name in list(contestants)[:: -1 if turn % 2 else 1]:
             figures[name].append(contestants[name]())

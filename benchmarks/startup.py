@@ -29,6 +29,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +98,9 @@ def install(folder: Path) -> Path:
 
 def in_turn(place: Path, names: Sequence[str], *, rounds: int) -> dict[str, list[pairs.Finished]]:
     """A B A B …, the first round, which fills the file system's caches, not counted if there are several."""
-    figures: dict[str, list[pairs.Finished]] = {name: [] for name in names}
-    for turn in range(-1 if rounds > 1 else 0, rounds):
-        for name in list(names)[:: -1 if turn % 2 else 1]:
-            finished = measure(place, name)
-            if turn >= 0:
-                figures[name].append(finished)
-    return figures
+    warm_up = rounds > 1
+    figures = pairs.in_turn({name: partial(measure, place, name) for name in names}, rounds=rounds + warm_up)
+    return {name: found[warm_up:] for name, found in figures.items()}
 
 
 def measure(place: Path, name: str) -> pairs.Finished:

@@ -6,8 +6,7 @@
   which the scale grows would be divided by twice its own scale.
 * Gradients lie in one flat tensor where that is possible (`flat_gradients`), in place of three copies at each step.
 * Sharding over a part of the data-parallel ranks: gradients are averaged over the ZeRO group, then this rank's
-partition
-  over its replicas.
+  partition over its replicas.
 """
 
 from __future__ import annotations

@@ -99,11 +99,11 @@ class Block(nn.Module):
     def before_attention(self, x: Tensor, tables: Tables) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Residual stream, rotated queries and keys, values: all of `forward` before the segments matter."""
         residual, x = self._enter(x)
-        return residual, *self.mixer._project(x, lambda dtype: tables)
+        return residual, *self.mixer.project(x, lambda dtype: tables)
 
     def after_attention(self, residual: Tensor, context: Tensor) -> Tensor:
         """The rest of `forward`, from what attention made, `(T, n·D)`."""
-        return self._leave(residual, self.mixer._output(context))
+        return self._leave(residual, self.mixer.output(context))
 
     def _enter_mixer(self, x: Tensor) -> tuple[Tensor, Tensor]:
         residual = self._drop(x)

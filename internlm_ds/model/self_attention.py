@@ -69,26 +69,26 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, segments: Segments) -> Tensor:
         """All tokens of a micro-batch; each segment attends to itself only."""
-        q, k, v = self._project(x, lambda dtype: self.rotary.tables_of(segments, dtype))
+        q, k, v = self.project(x, lambda dtype: self.rotary.tables_of(segments, dtype))
         context = self.attend(q, k, v, segments, dropout=self.dropout if self.training else 0.0)
-        return self._output(context.flatten(1))
+        return self.output(context.flatten(1))
 
     def extend(self, x: Tensor, cache: KeyValueCache) -> Tensor:
         """The next t tokens of one sequence whose earlier tokens lie in `cache`: `(t, H) -> (t, H)`."""
         stop = cache.length + len(x)
         positions = torch.arange(cache.length, stop, device=x.device)
-        q, k, v = self._project(x, lambda dtype: self.rotary.tables(positions, stop, dtype))
-        return self._output(sdpa.extend(q, *cache.append(k, v)).flatten(1))
+        q, k, v = self.project(x, lambda dtype: self.rotary.tables(positions, stop, dtype))
+        return self.output(sdpa.extend(q, *cache.append(k, v)).flatten(1))
 
     def _build(self, hidden_size: int, q_width: int, kv_width: int, common: dict) -> None:
         """Make the matrices, under the family's names."""
         raise NotImplementedError
 
-    def _project(self, x: Tensor, tables: TablesFor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, tables: TablesFor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, rotated, and values: `(T, n, D)`, `(T, g, D)` twice."""
         raise NotImplementedError
 
-    def _output(self, context: Tensor) -> Tensor:
+    def output(self, context: Tensor) -> Tensor:
         """`(T, n·D) -> (T, H)`."""
         raise NotImplementedError
 
@@ -107,12 +107,12 @@ class PackedAttention(SelfAttention):
         self.Wqkv = ColumnParallelLinear(hidden_size, q_width + 2 * kv_width, **parallel)
         self.out_proj = RowParallelLinear(q_width, hidden_size, **parallel)
 
-    def _project(self, x: Tensor, tables: TablesFor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, tables: TablesFor) -> tuple[Tensor, Tensor, Tensor]:
         qkv = self.Wqkv(x).unflatten(-1, (3, self.num_local_heads, -1))
         q, k = self.rotary.rotate(qkv[:, :2], tables(qkv.dtype)).unbind(dim=1)
         return q, k, qkv[:, 2]
 
-    def _output(self, context: Tensor) -> Tensor:
+    def output(self, context: Tensor) -> Tensor:
         return self.out_proj(context)
 
 
@@ -124,13 +124,13 @@ class GroupedAttention(SelfAttention):
         self.wqkv = ColumnParallelLinear(hidden_size, q_width + 2 * kv_width, **parallel)
         self.wo = RowParallelLinear(q_width, hidden_size, **parallel)
 
-    def _project(self, x: Tensor, tables: TablesFor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, tables: TablesFor) -> tuple[Tensor, Tensor, Tensor]:
         qkv = self.wqkv(x).unflatten(-1, (self.num_local_groups, -1, self.rotary.head_dim))  # (T, g, m + 2, D)
         made = tables(qkv.dtype)
         q = self.rotary.rotate(qkv[:, :, :-2], made).flatten(1, 2)
         return q, self.rotary.rotate(qkv[:, :, -2], made), qkv[:, :, -1]
 
-    def _output(self, context: Tensor) -> Tensor:
+    def output(self, context: Tensor) -> Tensor:
         return self.wo(context)
 
 
@@ -144,11 +144,11 @@ class SeparateAttention(SelfAttention):
         self.wv = ColumnParallelLinear(hidden_size, kv_width, enters=False, **common)
         self.wo = RowParallelLinear(q_width, hidden_size, sequence_parallel=self.sequence_parallel, **common)
 
-    def _project(self, x: Tensor, tables: TablesFor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, tables: TablesFor) -> tuple[Tensor, Tensor, Tensor]:
         x = enter_region(x.to(self.wq.weight.dtype), self.tensor, sequence_parallel=self.sequence_parallel)
         q, k, v = (matrix(x).unflatten(-1, (-1, self.rotary.head_dim)) for matrix in (self.wq, self.wk, self.wv))
         made = tables(q.dtype)
         return self.rotary.rotate(q, made), self.rotary.rotate(k, made), v
 
-    def _output(self, context: Tensor) -> Tensor:
+    def output(self, context: Tensor) -> Tensor:
         return self.wo(context)

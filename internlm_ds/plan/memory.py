@@ -1,8 +1,8 @@
 """Bytes that a rank needs while training, component by component, each with its formula; nothing is measured.
 
-The counts follow what is really allocated: DeepSpeed's stage-1 optimizers (fp32 masters exist even in fp32 training,
-the reduction buffer is made whole at every step) and the tensors that our layers keep for the backward pass. A test
-compares the latter with what autograd saves.
+The counts follow what is really allocated: DeepSpeed's stage-1 optimizers (fp32 masters exist even in fp32 training, a
+reduction buffer, where there is one, is made whole at every step) and the tensors that our layers keep for the backward
+pass. A test compares the latter with what autograd saves.
 
 Legend: T tokens of a micro-batch, H hidden, F mlp width, V vocabulary, N heads, D head width, K width of all keys; P
 parameters of the stage on this rank, z ranks that share optimizer states; b bytes of the model's dtype, g of the dtype
@@ -24,6 +24,7 @@ from internlm_ds.layout.ranks import Layout
 from internlm_ds.layout.shards import local_numel
 from internlm_ds.layout.stages import stage_layers
 from internlm_ds.schedule.lists import Pipeline
+from internlm_ds.translate.optimizer_kind import offloads, sums_in_place, uses_bf16_optimizer
 
 Phase = Literal["always", "forward_backward", "reduce", "step"]
 PHASES: tuple[Phase, ...] = ("forward_backward", "reduce", "step")
@@ -125,18 +126,6 @@ def stages(
 # ---- weights, gradients, optimizer ----------------------------------------------------------------
 
 
-def uses_bf16_optimizer(ds_config: Mapping[str, Any]) -> bool:
-    """DeepSpeed picks this class for bf16 weights with fp32 sums, unless the optimizer is offloaded."""
-    bf16 = bool(ds_config.get("bf16", {}).get("enabled"))
-    return bf16 and ds_config["data_types"]["grad_accum_dtype"] == "fp32" and not offloads(ds_config)
-
-
-def offloads(ds_config: Mapping[str, Any]) -> bool:
-    """Optimizer states live in host memory."""
-    offload = ds_config["zero_optimization"].get("offload_optimizer") or {}
-    return offload.get("device") == "cpu"
-
-
 def _states(
     layers: list[LayerSpec], numel: int, model: ModelConfig, layout: Layout, ds_config: Mapping[str, Any]
 ) -> tuple[list[Component], int]:
@@ -157,6 +146,11 @@ def _states(
     if uses_bf16_optimizer(ds_config):
         bucket = min(numel, BF16_FLATTEN_NUMEL + largest)
         components.append(Component("reduction buffer", 4 * bucket, "4·min(P, 5e8 + largest parameter)", "reduce"))
+        return components, host
+    if sums_in_place(ds_config):
+        # reduced where they lie: the optimizer's share is a slice of them
+        if g != 4:
+            components.append(Component("own gradients in fp32", 4 * share, "4·P/z", "step"))
         return components, host
     bucket = int(ds_config["zero_optimization"]["reduce_bucket_size"])
     components += [

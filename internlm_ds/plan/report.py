@@ -17,6 +17,7 @@ from internlm_ds.plan import compute, memory
 from internlm_ds.plan.memory import PHASES, StageMemory
 from internlm_ds.runspec import RunSpec
 from internlm_ds.translate import Translation
+from internlm_ds.translate.optimizer_kind import offloads
 from internlm_ds.translate.overlay import merge
 
 CARD_BYTES = 80_000_000_000
@@ -165,7 +166,7 @@ def _alternatives(spec: RunSpec, translation: Translation) -> Iterator[Alternati
         data = replace(config.data, micro_bsz=1, micro_num=config.data.micro_num * config.data.micro_bsz)
         change = f"--set data.micro_bsz=1 --set data.micro_num={data.micro_num}"
         yield Alternative(change, _peak(spec, replace(config, data=data), ds_config))
-    if not memory.offloads(ds_config):
+    if not offloads(ds_config):
         other = merge(ds_config, {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
         yield Alternative("--overlay ds_configs/overlays/offload_optimizer_cpu.json", _peak(spec, config, other))
 

@@ -283,13 +283,16 @@ def layer_entries(spec: RunSpec, context: ParallelContext, *, seed: int) -> list
         keywords = model_keywords(spec.leaves, dtype=dtype)
         return build_registered(spec.config.model_type, keywords, **axis, pipe_size=context.pipe.size, seed=seed)
     norm_dtype = torch.float32 if spec.config.use_fp32_norm else None
+    choice = choose_attention(spec, context.device)
+    if context.is_log_rank:
+        logger.info("%s", choice.line)
     return build_layers(
         spec.arch,
         model,
         **axis,
         seed=seed,
         dtype=dtype,
-        attention=choose_attention(spec, context.device).attend,
+        attention=choice.attend,
         norm_dtype=norm_dtype,
         chunked_loss=spec.config.internlm_ds.chunked_loss,
     )
@@ -458,7 +461,6 @@ def log_model(engine: Engine, spec: RunSpec) -> None:
     logger.info("Number of elements on ranks: %s, rank:%d", sizes, engine.global_rank)
     if arch is not None:
         logger.info("parameters of the whole model: %d", arch.num_params)
-        logger.info("%s", choose_attention(spec, engine.device).line)
     if engine.compiled:
         logger.info("%s", engine.compiled)
     logger.info(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from internlm_ds.config.schema import Leaf
+from internlm_ds.translate.optimizer_kind import sums_in_place
 from internlm_ds.translate.rules import (
     Facts,
     Rule,
@@ -45,6 +46,8 @@ def _clip(leaf: Leaf, facts: Facts) -> Verdict:
 
 
 def _reduce_bucket(leaf: Leaf, facts: Facts) -> Verdict:
+    if sums_in_place(facts.ds_config):
+        return no_effect("gradients lie in one flat tensor and are reduced where they lie: there is no bucket to fill")
     target = "zero_optimization.reduce_bucket_size"
     size = facts.ds_config["zero_optimization"]["reduce_bucket_size"]
     if size != leaf.value:

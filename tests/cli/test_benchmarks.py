@@ -24,6 +24,15 @@ MARGIN = 0.85
 pytestmark = pytest.mark.timeout(LIMIT_S + 20)
 
 
+def check_attention(report: dict[str, Any]) -> None:
+    assert len(report["cases"]) == 6
+    for case in report["cases"]:
+        assert f"{case['case']} ({case['segments']} segments)" in report["shown"]
+        assert all(each["forward_tflops"] > 0 and each["of_sdpa"]["median"] > 0 for each in case["backends"].values())
+    assert {"mask", "slices", "in batches", "one by one", "sdpa"} == set(report["cases"][1]["backends"])
+    assert "needs a CUDA device" in report["left_out"]["varlen"]
+
+
 def check_engine(report: dict[str, Any]) -> None:
     one, two = report["one_rank"], report["two_ranks"]
     assert set(one) == {"plain loop", "internlm_ds", "DeepSpeed"} and one["plain loop"]["micro_batch_us"] > 0
@@ -58,6 +67,7 @@ def check_cross_entropy(report: dict[str, Any]) -> None:
 
 
 CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
+    "attention": check_attention,
     "checkpoint": check_checkpoint,
     "cross_entropy": check_cross_entropy,
     "engine": check_engine,
@@ -89,7 +99,7 @@ def test_benchmark_runs(name: str, tmp_path: Path):
     # a table: several lines with numbers below the headline
     assert sum(any(sign.isdigit() for sign in line) for line in done.stdout.splitlines()) >= 4, done.stdout
     if name in CHECKS:
-        CHECKS[name](report)
+        CHECKS[name]({**report, "shown": done.stdout})
     assert not list(here.iterdir()), "a benchmark leaves files behind where it is called"
 
 

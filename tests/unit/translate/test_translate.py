@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -210,17 +211,27 @@ def test_clipping(spec_of: SpecOf) -> None:
 
 
 def test_reduction_buffer_is_capped_at_the_largest_stage(spec_of: SpecOf) -> None:
-    key = "hybrid_zero_optimizer.reduce_bucket_size"
-    spec = spec_of(f"{key}=1000000000")
+    key, bf16 = "hybrid_zero_optimizer.reduce_bucket_size", "model.dtype=torch.bfloat16"
+    spec = spec_of(f"{key}=1000000000", bf16)
     assert spec.arch is not None
     assert translate(spec).ds_config["zero_optimization"]["reduce_bucket_size"] == spec.arch.num_params
     assert note_of(spec, key).fidelity == "approximate"
     assert str(spec.arch.num_params) in note_of(spec, key).reason
-    small = spec_of(f"{key}=1000")
+    small = spec_of(f"{key}=1000", bf16)
     assert translate(small).ds_config["zero_optimization"]["reduce_bucket_size"] == 1000
     assert note_of(small, key).fidelity == "exact"
-    two = spec_of(f"{key}=1000000000", "parallel.pipeline=2", world_size=2)
+    two = spec_of(f"{key}=1000000000", bf16, "parallel.pipeline=2", world_size=2)
     assert translate(two).ds_config["zero_optimization"]["reduce_bucket_size"] < spec.arch.num_params
+
+
+def test_there_is_no_bucket_where_gradients_are_reduced_in_place(spec_of: SpecOf, tmp_path: Path) -> None:
+    key = "hybrid_zero_optimizer.reduce_bucket_size"
+    for dtype in ("torch.float32", "torch.float16"):
+        assert note_of(spec_of(f"{key}=1000", f"model.dtype={dtype}"), key).fidelity == "no_effect"
+    overlay = tmp_path / "offload.json"
+    overlay.write_text('{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}')
+    notes = {note.source: note for note in translate(spec_of(f"{key}=1000"), overlays=[overlay]).notes}
+    assert notes[key].fidelity == "exact"
 
 
 # ---- keys whose fidelity depends on others --------------------------------------------------------
