@@ -12,6 +12,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -141,20 +142,15 @@ class TrainLoader:
         """
         if self._steps is None:
             drawn = _drawn(self.sampler, self.skipper)
-            self._steps = ReadAhead(drawn, make=self._made, depth=self.read_ahead, workers=self.workers)
+            # not a method: whoever reads ahead must not keep this loader, or dropping it would end nothing
+            make = partial(_made, self.dataset)
+            self._steps = ReadAhead(drawn, make=make, depth=self.read_ahead, workers=self.workers)
         try:
             batch, self._position = self._steps.next()
         except BaseException:
             self.load_state_dict(self._position)  # asked again, the same batch is tried again
             raise
         return batch
-
-    def _made(self, drawn: _Draw) -> tuple[StepBatch, dict[str, Any]]:
-        index, numbers, is_skipped, position = drawn
-        if is_skipped:
-            # not read: a damaged sample is a reason to skip its batch
-            return StepBatch(index, [], BatchStats.of([]), True, len(numbers)), position
-        return self.dataset.step(numbers, index=index), position
 
     def state_dict(self) -> dict[str, Any]:
         """Where the last `next_step` left off: plain data, see `StaticBatchSampler.state_dict`."""
@@ -362,3 +358,11 @@ def _drawn(sampler: StaticBatchSampler, skipper: Callable[[int], bool]) -> Itera
         index = sampler.batch_count
         numbers = sampler.next_batch()
         yield index, numbers, skipper(index), sampler.state_dict()
+
+
+def _made(dataset: PackedDataset, drawn: _Draw) -> tuple[StepBatch, dict[str, Any]]:
+    index, numbers, is_skipped, position = drawn
+    if is_skipped:
+        # not read: a damaged sample is a reason to skip its batch
+        return StepBatch(index, [], BatchStats.of([]), True, len(numbers)), position
+    return dataset.step(numbers, index=index), position

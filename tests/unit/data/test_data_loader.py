@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import itertools
 import json
 import logging
 import os
 import pickle
+import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +130,22 @@ def test_resumed_loaders_go_on_like_the_straight_run(folder: str, workers: int) 
         resumed.load_state_dict(json.loads(states[cut]))
         for step in steps[cut:]:
             _same(resumed.next_step(), step)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_that_is_dropped_lets_go_of_its_files_and_threads(folder: str, workers: int) -> None:
+    before = set(threading.enumerate())
+    loader = build_train_loader(make_config(train_folder=folder, num_worker=workers), data_rank=0, data_size=1)
+    loader.next_step()
+    data_set, threads = weakref.ref(loader.dataset), set(threading.enumerate()) - before
+    assert bool(threads) == bool(workers)
+    del loader  # without `close`
+    gc.collect()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    gc.collect()
+    assert data_set() is None
 
 
 def test_a_changed_data_set_is_told(folder: str, caplog: pytest.LogCaptureFixture) -> None:
