@@ -6,6 +6,7 @@ stream, the epoch's shuffle of packs, cut to whole steps.
 
 from __future__ import annotations
 
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,7 @@ def delivered(data: DataConfig, size: int, epochs: int) -> list[Counter[int]]:
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(drawn=st.data())
 def test_every_kept_token_comes_as_often_as_the_order_says(mode: str, drawn: Any, tmp_path_factory) -> None:
-    folder: Path = tmp_path_factory.mktemp("epochs")
+    folder: Path = Path(tempfile.mkdtemp(dir=tmp_path_factory.getbasetemp()))
     lengths = drawn.draw(st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=25), min_size=1, max_size=4))
     files, number = {}, 1
     for place, of_file in enumerate(lengths):

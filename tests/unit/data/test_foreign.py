@@ -7,6 +7,8 @@ import os
 import resource
 import signal
 import struct
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -54,7 +56,7 @@ sample_lists = st.lists(st.lists(ids, max_size=6), max_size=8)
 @settings(max_examples=15)
 @given(samples=sample_lists, block=st.integers(1, 12))
 def test_there_and_back_gives_the_same_bytes(name, samples, block, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("round")
+    folder = Path(tempfile.mkdtemp(dir=tmp_path_factory.getbasetemp()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(blocks, "BLOCK_TOKENS", block)
         _, to = there(folder, name, samples)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def _rows(path: Path, count: int) -> tuple[list[int], str]:
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.lists(token, max_size=12), min_size=1, max_size=8))
 def test_rows_equal_those_of_python(tmp_path_factory: pytest.TempPathFactory, samples: list[list[int]]) -> None:
-    path = tmp_path_factory.mktemp("rows") / "x.bin"
+    path = Path(tempfile.mkdtemp(dir=tmp_path_factory.getbasetemp())) / "x.bin"
     with binmeta.Writer(path) as writer:
         for tokens in samples:
             writer.write(tokens)
@@ -61,7 +62,7 @@ def test_rows_equal_those_of_python(tmp_path_factory: pytest.TempPathFactory, sa
 @given(st.data())
 def test_damage_is_found_alike(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     """Some bytes are replaced, added or taken away: the same numbers or the same error, whoever reads."""
-    path = tmp_path_factory.mktemp("damage") / "x.bin"
+    path = Path(tempfile.mkdtemp(dir=tmp_path_factory.getbasetemp())) / "x.bin"
     with binmeta.Writer(path) as writer:
         for tokens in ([1, -20, 300], [], [4], [0, 0]):
             writer.write(tokens)

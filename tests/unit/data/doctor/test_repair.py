@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -47,7 +49,7 @@ def test_every_sound_sample_is_kept_in_order(text, tmp_path):
 )
 @settings(max_examples=20)
 def test_a_copy_holds_what_the_scan_saw(parts, tail, tmp_path_factory):
-    path = tmp_path_factory.mktemp("repair") / "a.bin"
+    path = Path(tempfile.mkdtemp(dir=tmp_path_factory.getbasetemp())) / "a.bin"
     path.write_bytes(b"".join(parts) + tail)
     (lines,) = scan_bins([str(path)])
     if lines.num_bad and not len(lines):

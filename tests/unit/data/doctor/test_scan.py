@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -64,7 +66,7 @@ def test_compiled_equals_plain(text: bytes):
 
 @given(text=bins(), block_bytes=st.integers(1, 60))
 def test_blocks_make_no_difference(text: bytes, block_bytes: int, tmp_path_factory):
-    path = tmp_path_factory.mktemp("bin") / "a.bin"
+    path = Path(tempfile.mkdtemp(dir=tmp_path_factory.getbasetemp())) / "a.bin"
     path.write_bytes(text)
     for engine in ("plain", "compiled"):
         (found,) = scan_bins([str(path)], engine=engine, block_bytes=block_bytes, workers=2)
