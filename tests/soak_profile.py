@@ -9,8 +9,9 @@ _ATTRIBUTE = "_hypothesis_internal_use_settings"  # hypothesis has no public way
 
 
 def pytest_collection_modifyitems(items):  # type: ignore[no-untyped-def]
-    for item in items:
-        test = getattr(getattr(item, "obj", None), "__func__", getattr(item, "obj", None))
+    # the cases of a parametrised test share its function: each function once
+    functions = {getattr(getattr(item, "obj", None), "__func__", getattr(item, "obj", None)) for item in items}
+    for test in functions:
         own = getattr(test, _ATTRIBUTE, None)
         if own is not None:
             more = settings(own, max_examples=own.max_examples * FACTOR, deadline=None, print_blob=True)
