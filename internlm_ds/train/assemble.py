@@ -47,7 +47,7 @@ from internlm_ds.plan.machine import MachineFacts, resolve_here
 from internlm_ds.runspec import RunSpec
 from internlm_ds.train import evaluate, failure, rundir
 from internlm_ds.train.checkpoints import RunCheckpoints
-from internlm_ds.train.housekeeping import Housekeeping
+from internlm_ds.train.housekeeping import Housekeeping, keep_freed_memory
 from internlm_ds.train.loop import LoopSettings, StepRecord, TrainLoop
 from internlm_ds.train.metrics import RecordBuilder, StageLoss, device_peak_flops
 from internlm_ds.train.options import Options
@@ -332,8 +332,9 @@ def stage_bounds(spec: RunSpec, entries: Sequence[LayerEntry]) -> StageBounds:
 
 
 def set_global_state(config: Config, *, seed: int, device: torch.device) -> None:
-    """Seeds, cuDNN flags, tf32 and determinism: what torch keeps for the whole process."""
+    """Seeds, cuDNN flags, tf32, determinism and the C library's memory: what is kept for the whole process."""
     rng.seed_everything(seed)
+    keep_freed_memory(device)
     torch.backends.cudnn.benchmark = config.cudnn_benchmark
     torch.backends.cudnn.deterministic = config.cudnn_deterministic
     torch.backends.cuda.matmul.allow_tf32 = config.model.tf32
