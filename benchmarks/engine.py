@@ -167,7 +167,7 @@ def _plain_loop(context, path: str) -> Callable[[list[Any]], None]:
     spec, entries = _entries(context, path)
     model = LanguageModel(entries)
     parameters = list(model.parameters())
-    optimizer = adamw(parameters, config=spec.config, device=context.device)
+    optimizer = adamw(parameters, config=spec.config)
 
     def step(micro_batches: list[Any]) -> None:
         for inputs, labels in micro_batches:
@@ -219,7 +219,7 @@ def _deepspeed_engine(context, path: str) -> Callable[[list[Any]], None]:
         )
         engine, *_ = deepspeed.initialize(
             model=module,
-            optimizer=lambda params: adamw(params, config=spec.config, device=context.device),
+            optimizer=lambda params: adamw(params, config=spec.config),
             model_parameters=list(module.parameters()),
             config=translate(spec).ds_config,
         )

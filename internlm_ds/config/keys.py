@@ -327,6 +327,8 @@ OWN = Section(
         "deterministic": _flag,
         "compile": _flag,
         "chunked_loss": rules.flag_or("auto"),
+        "moments_dtype": rules.choice("float32", "bfloat16"),
+        "masters_dtype": rules.choice("float32", "bfloat16"),
         "pipeline_schedule": rules.choice("1f1b", "zb-h1"),
         "pipeline_bounds": rules.optional(rules.bounds()),
         "side_file": _flag,

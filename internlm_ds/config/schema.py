@@ -307,6 +307,7 @@ class OwnConfig:
 
     `keep_checkpoints`: so many of the newest normal checkpoints stay in the save folder (0 = all).
     `attention`: `auto`, or the backend that it must be. `deterministic`: the same bits on a device each time.
+    `moments_dtype`, `masters_dtype`: what Adam's moments and the master weights are kept in between updates.
     """
 
     compat: CompatConfig = CompatConfig()
@@ -316,6 +317,8 @@ class OwnConfig:
     deterministic: bool = False
     compile: bool = False
     chunked_loss: bool | Literal["auto"] = "auto"
+    moments_dtype: str = "float32"
+    masters_dtype: str = "float32"
     pipeline_schedule: str = "1f1b"
     pipeline_bounds: tuple[int, ...] | None = None
     data_weights: Mapping[str, float] | None = None

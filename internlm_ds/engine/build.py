@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.zero.utils import ZERO_SUPPORTED_OPTIMIZERS
 from deepspeed.utils import logger as deepspeed_logger
 
 from internlm_ds.config.schema import Config
@@ -23,6 +24,8 @@ from internlm_ds.engine.channels import Channels
 from internlm_ds.engine.engine import Engine, ZeroGroups
 from internlm_ds.engine.module import StageModule
 from internlm_ds.engine.quickstart import spare_the_compiler, spare_the_search_for_operators
+from internlm_ds.engine.rounded_adam import RoundedAdamW
+from internlm_ds.engine.state import pieces
 from internlm_ds.layout.ranks import Layout
 from internlm_ds.layout.stages import StageBounds
 from internlm_ds.model.compiled import compile_blocks
@@ -40,6 +43,7 @@ def build(
     ds_config: dict[str, Any],
     context: ParallelContext,
     loss_fn: Callable,
+    seed: int = 0,
 ) -> Engine:
     """The engine of this rank; every rank calls it.
 
@@ -50,6 +54,7 @@ def build(
         ds_config: Its translation; DeepSpeed accepts it as it is.
         context: Where this process stands; its groups exist.
         loss_fn: `(outputs, labels) -> scalar` on the last stage.
+        seed: Of rounding, where optimizer states are kept in bf16.
     """
     adopt_process_groups()
     if not config.internlm_ds.compile:
@@ -66,7 +71,7 @@ def build(
         engine = Engine(
             args=None,
             model=module,
-            optimizer=lambda params: adamw(params, config=config, device=context.device),
+            optimizer=lambda params: adamw(params, config=config, seed=seed),
             model_parameters=list(module.parameters()),
             mpu=module.mpu(),
             config=ds_config,
@@ -74,7 +79,10 @@ def build(
             zero_groups=zero_groups(context.layout, rank=context.rank),
             pipeline=pipeline,
             channels=Channels(context, ring=pipeline.chunks > 1) if pipeline.stages > 1 else None,
+            weights_are_masters=config.internlm_ds.masters_dtype == "bfloat16",
         )
+    if isinstance(engine.basic_optimizer, RoundedAdamW):
+        engine.basic_optimizer.pieces = pieces(engine)
     if config.internlm_ds.compile:
         # behind the engine, whose schedule may have put weight gradients off
         engine.compiled = compile_blocks(module.forward_funcs)
@@ -99,17 +107,25 @@ def adopt_process_groups() -> None:
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
 
 
-def adamw(params: Sequence[torch.nn.Parameter], *, config: Config, device: torch.device) -> torch.optim.Optimizer:
-    """InternLM's optimizer: AdamW with weight decay on everything; torch's fused kernel, which needs no build."""
-    adam = config.adam
-    return torch.optim.AdamW(
-        params,
-        lr=adam.lr,
-        betas=(adam.adam_beta1, adam.adam_beta2),
-        eps=adam.adam_eps,
-        weight_decay=adam.weight_decay,
-        fused=True,
-    )
+def adamw(params: Sequence[torch.nn.Parameter], *, config: Config, seed: int = 0) -> torch.optim.Optimizer:
+    """InternLM's optimizer: AdamW with weight decay on everything; torch's fused kernel, which needs no build.
+
+    Args:
+        seed: Of rounding, where `internlm_ds` asks for moments or masters in bf16.
+    """
+    adam, own = config.adam, config.internlm_ds
+    settings = {
+        "lr": adam.lr,
+        "betas": (adam.adam_beta1, adam.adam_beta2),
+        "eps": adam.adam_eps,
+        "weight_decay": adam.weight_decay,
+    }
+    if own.moments_dtype == own.masters_dtype == "float32":
+        return torch.optim.AdamW(params, **settings, fused=True)
+    if RoundedAdamW not in ZERO_SUPPORTED_OPTIMIZERS:
+        # elementwise, as ZeRO's partitions need it; DeepSpeed knows optimizers by their class
+        ZERO_SUPPORTED_OPTIMIZERS.append(RoundedAdamW)
+    return RoundedAdamW(params, **settings, moments_dtype=getattr(torch, own.moments_dtype), seed=seed)
 
 
 def zero_groups(layout: Layout, *, rank: int) -> ZeroGroups:

@@ -22,6 +22,7 @@ from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.pipe.engine import PipelineEngine
 
 from internlm_ds.engine import sequence_gradients
+from internlm_ds.engine.bf16_masters import WeightsAsMasters
 from internlm_ds.engine.channels import Channels
 from internlm_ds.engine.instructions import StageWorker
 from internlm_ds.engine.optimizer import InternlmLossScaler, Verdict, ZeroOptimizer
@@ -77,13 +78,20 @@ class Engine(PipelineEngine):
         zero_groups: Whom optimizer states are shared with.
         pipeline: How stages take turns.
         channels: To the neighbouring stages; None without any.
+        weights_are_masters: Bf16 weights are updated themselves, not fp32 copies of them.
         args, kwargs: `PipelineEngine`'s.
     """
 
     def __init__(
-        self, *args: Any, zero_groups: ZeroGroups, pipeline: Pipeline, channels: Channels | None, **kwargs: Any
+        self,
+        *args: Any,
+        zero_groups: ZeroGroups,
+        pipeline: Pipeline,
+        channels: Channels | None,
+        weights_are_masters: bool = False,
+        **kwargs: Any,
     ):
-        self.zero_groups, self.pipeline = zero_groups, pipeline
+        self.zero_groups, self.pipeline, self.weights_are_masters = zero_groups, pipeline, weights_are_masters
         # called with the engine between the last backward pass and the reduction of gradients
         self.on_gradients: Callable[[Engine], None] | None = None
         # what the log says of torch.compile; empty without
@@ -196,13 +204,16 @@ class Engine(PipelineEngine):
 
     @contextmanager
     def _sharded_over_zero_group(self) -> Iterator[None]:
-        """While the optimizer is made: our class, and our group in the place of all data-parallel ranks."""
-        full_group, their_class = self.seq_data_parallel_group, deepspeed_engine.DeepSpeedZeroOptimizer
+        """While the optimizer is made: our classes, and our group in the place of all data-parallel ranks."""
+        full_group = self.seq_data_parallel_group
+        theirs = deepspeed_engine.DeepSpeedZeroOptimizer, deepspeed_engine.BF16_Optimizer
         if self.zero_groups.shard is not None:
             self.seq_data_parallel_group = self.zero_groups.shard
         deepspeed_engine.DeepSpeedZeroOptimizer = ZeroOptimizer
+        if self.weights_are_masters:
+            deepspeed_engine.BF16_Optimizer = WeightsAsMasters
         try:
             yield
         finally:
             self.seq_data_parallel_group = full_group
-            deepspeed_engine.DeepSpeedZeroOptimizer = their_class
+            deepspeed_engine.DeepSpeedZeroOptimizer, deepspeed_engine.BF16_Optimizer = theirs

@@ -15,11 +15,13 @@ import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
 from internlm_ds.checkpoint.formats.native import Fragment, NativeCheckpoint, Weight
+from internlm_ds.checkpoint.manifest import key_of
 from internlm_ds.engine.engine import Engine
+from internlm_ds.engine.rounded_adam import MOMENTS, RoundedAdamW
+from internlm_ds.engine.rounding import Piece
 from internlm_ds.layout.shards import Shard
 from internlm_ds.parallel.shards import shard_of_parameter, take
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 Whole = Callable[[str], torch.Tensor]
 
 
@@ -31,11 +33,12 @@ def weights(engine: Engine) -> Iterator[Weight]:
 
 
 def fragments(engine: Engine) -> Iterator[Fragment]:
-    """Master weights and moments of the slices this rank owns, 1-D fp32, one at a time.
+    """Master weights and moments of the slices this rank owns, 1-D, in the dtype they are kept in, one at a time.
 
     Tensor ranks that hold a parameter whole are equal: the first speaks for them.
     Before the first update there are no moments yet: they are zero, and written as such.
     """
+    dtype = _moments_dtype(engine)
     for name, param, mapping, flat in _slices(engine):
         if not _speaks_for(engine, param):
             continue
@@ -49,18 +52,20 @@ def fragments(engine: Engine) -> Iterator[Fragment]:
         for kind in MOMENTS:
             moment = state.get(kind)
             if moment is None:
-                yield Fragment(name, kind, start, torch.zeros_like(mapping.hp_fragment), shard)
+                yield Fragment(name, kind, start, torch.zeros_like(mapping.hp_fragment, dtype=dtype), shard)
             else:
                 yield Fragment(name, kind, start, moment.narrow(0, address.start, address.numel), shard)
 
 
 def saved_bytes(engine: Engine, *, weights: bool, fragments: bool) -> int:
     """What `weights` and `fragments` of this rank take, and a little more."""
+    kept = (None, *(_moments_dtype(engine) for _ in MOMENTS))  # the master's is its own
     sizes = [p.numel() * p.element_size() for _, p in engine.logical_parameters() if _speaks_for(engine, p)]
     total = sum(sizes) + 64 * len(sizes) if weights else 0
     for _, param, mapping, _ in _slices(engine) if fragments else ():
         if _speaks_for(engine, param):
-            total += (1 + len(MOMENTS)) * (mapping.hp_fragment.numel() * mapping.hp_fragment.element_size() + 64)
+            master = mapping.hp_fragment
+            total += sum(master.numel() * (dtype or master.dtype).itemsize + 64 for dtype in kept)
     return total
 
 
@@ -90,11 +95,13 @@ def load_weights(engine: Engine, source: NativeCheckpoint | Whole) -> None:
 
 @torch.no_grad()
 def refresh_masters(engine: Engine, source: NativeCheckpoint | Whole | None = None) -> None:
-    """Make the fp32 masters equal the weights: after loading a model without its optimizer.
+    """Make the masters equal the weights: after loading a model without its optimizer.
 
     Args:
         source: As `load_weights`, so that more than half precision arrives; without it the weights are taken.
     """
+    if engine.weights_are_masters:
+        return
     read = None if source is None else _reader(source)
     for name, param, mapping, _ in _slices(engine):
         held = (param.data if read is None else read(name, shard_of_parameter(param))).flatten()
@@ -112,7 +119,9 @@ def _reader(source: NativeCheckpoint | Whole) -> Callable[[str, Shard | None], t
 def load_fragments(
     engine: Engine, fragment: Callable[[str, str, int, int, Shard | None], torch.Tensor], *, num_updates: int
 ) -> None:
-    """Fill masters and moments.
+    """Fill masters and moments, rounded to the nearest number where they are kept in bf16.
+
+    Masters that are the weights themselves come with `load_weights`, to all ranks, and are left alone.
 
     Args:
         fragment: `fragment(name, kind, start, numel, shard)`: elements of the flattened shard, or whole parameter.
@@ -121,12 +130,13 @@ def load_fragments(
     for name, param, mapping, flat in _slices(engine):
         shard = shard_of_parameter(param)
         source, target = mapping.lp_fragment_address, mapping.hp_fragment_address
-        mapping.hp_fragment.data.copy_(fragment(name, "master", source.start, source.numel, shard))
+        if not engine.weights_are_masters:
+            mapping.hp_fragment.data.copy_(fragment(name, "master", source.start, source.numel, shard))
         if num_updates == 0:
             continue
         state = engine.optimizer.optimizer.state[flat]
         if not state:
-            _new_adam_state(state, flat)
+            state.update(_new_adam_state(engine, flat))
         for kind in MOMENTS:
             moment = fragment(name, kind, source.start, source.numel, shard)
             state[kind].narrow(0, target.start, target.numel).copy_(moment)
@@ -134,15 +144,32 @@ def load_fragments(
         state["step"].fill_(num_updates)
 
 
-def _new_adam_state(state: dict, flat: torch.Tensor) -> None:
-    """The state that torch's AdamW makes at its first step."""
-    state["step"] = torch.zeros((), dtype=torch.float32, device=flat.device)
-    for kind in MOMENTS:
-        state[kind] = torch.zeros_like(flat, memory_format=torch.preserve_format)
+def pieces(engine: Engine) -> dict[torch.Tensor, list[Piece]]:
+    """What each flat tensor of this rank's optimizer holds."""
+    found: dict[torch.Tensor, list[Piece]] = {}
+    for name, param, mapping, flat in _slices(engine):
+        shard, source, target = shard_of_parameter(param), mapping.lp_fragment_address, mapping.hp_fragment_address
+        key = key_of(name, None if shard is None else shard.rank)
+        found.setdefault(flat, []).append(Piece(key, param.numel(), source.start, source.numel, target.start))
+    return found
+
+
+def _new_adam_state(engine: Engine, flat: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The state that the optimizer makes at its first step."""
+    adam = engine.basic_optimizer
+    if isinstance(adam, RoundedAdamW):
+        return adam.new_state(flat)
+    moments = {kind: torch.zeros_like(flat, memory_format=torch.preserve_format) for kind in MOMENTS}
+    return {"step": torch.zeros((), dtype=torch.float32, device=flat.device), **moments}
+
+
+def _moments_dtype(engine: Engine) -> torch.dtype:
+    adam = engine.basic_optimizer
+    return adam.moments_dtype if isinstance(adam, RoundedAdamW) else torch.float32
 
 
 def _slices(engine: Engine) -> Iterator[tuple[str, torch.nn.Parameter, object, torch.Tensor]]:
-    """`(logical name, parameter, its mapping, the flat fp32 tensor its slice lies in)` of what this rank owns."""
+    """`(logical name, parameter, its mapping, the flat tensor its slice lies in)` of what this rank owns."""
     optimizer = engine.optimizer
     flats = (
         optimizer.fp32_groups_flat_partition

@@ -1,8 +1,7 @@
 """Bytes that a rank needs while training, component by component, each with its formula; nothing is measured.
 
-The counts follow what is really allocated: DeepSpeed's stage-1 optimizers (fp32 masters exist even in fp32 training, a
-reduction buffer, where there is one, is made whole at every step) and the tensors that our layers keep for the backward
-pass. A test compares the latter with what autograd saves.
+The counts follow what is really allocated: by the optimizer (`optimizer_memory`), and by our layers, which keep tensors
+for the backward pass. A test compares the latter with what autograd saves.
 
 Legend: T tokens of a micro-batch, H hidden, F mlp width, V vocabulary, N heads, D head width, K width of all keys; P
 parameters of the stage on this rank, z ranks that share optimizer states; b bytes of the model's dtype, g of the dtype
@@ -15,45 +14,22 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any
 
 from internlm_ds.arch.spec import LayerSpec, ModelArch
-from internlm_ds.config.schema import ModelConfig
+from internlm_ds.config.schema import ModelConfig, OwnConfig
 from internlm_ds.layout.loss_chunks import Setting, is_chunked, rows_of_chunk
 from internlm_ds.layout.ranks import Layout
 from internlm_ds.layout.shards import local_numel
 from internlm_ds.layout.stages import stage_layers
+from internlm_ds.plan.component import BYTES, PHASES, Component, Phase
+from internlm_ds.plan.optimizer_memory import states
 from internlm_ds.schedule.lists import Pipeline
-from internlm_ds.translate.optimizer_kind import offloads, sums_in_place, uses_bf16_optimizer
-
-Phase = Literal["always", "forward_backward", "reduce", "step"]
-PHASES: tuple[Phase, ...] = ("forward_backward", "reduce", "step")
-BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
-SUM_BYTES = {"fp16": 2, "bf16": 2, "fp32": 4}
 
 # CUDA context, cuBLAS and NCCL work areas: not ours to compute, about this much on current cards
 DEVICE_OVERHEAD_BYTES = 1_500_000_000
-# DeepSpeed's BF16_Optimizer reduces through flattened copies of about this many elements
-BF16_FLATTEN_NUMEL = 500_000_000
 # pipeline messages that exist at a time: an activation and a gradient that come, and one each that go
 MESSAGES_AT_A_TIME = 4
-
-
-@dataclass(frozen=True)
-class Component:
-    """One thing that takes memory.
-
-    Attributes:
-        name: What it is.
-        nbytes: Its size on the device.
-        formula: How it was computed, in the letters of this module.
-        phase: When it exists; `always`, or one phase of a step.
-    """
-
-    name: str
-    nbytes: int
-    formula: str
-    phase: Phase = "always"
 
 
 @dataclass(frozen=True)
@@ -102,74 +78,26 @@ def stages(
     step: Step,
     ds_config: Mapping[str, Any],
     borders: Sequence[int] | None = None,
-    kind: str = "1f1b",
+    own: OwnConfig,
 ) -> tuple[StageMemory, ...]:
     """Memory of every pipeline stage.
 
     Args:
         borders: Where a user cuts the stages; evenly without.
-        kind: Of the pipeline's schedule.
+        own: The kind of the pipeline's schedule, and what optimizer states are kept in.
     """
     found = []
-    schedule = Pipeline(layout.pipe, layout.chunks if layout.pipe > 1 else 1, kind if layout.pipe > 1 else "1f1b")
+    kind = own.pipeline_schedule if layout.pipe > 1 else "1f1b"
+    schedule = Pipeline(layout.pipe, layout.chunks if layout.pipe > 1 else 1, kind)
     for stage, runs in enumerate(stage_layers(arch, layout, borders=borders)):
         start, stop = runs[0][0], runs[-1][1]
         layers = [layer for a, b in runs for layer in arch.layers[a:b]]
         # tensor rank 0 has the most: the slices that are longer, and the biases that are added once
         numel = sum(local_numel(param, size=layout.tensor) for layer in layers for param in layer.params)
-        states, host_bytes = _states(layers, numel, model, layout, ds_config)
-        components = (*states, *_activations(runs, arch, model, layout.tensor, schedule, stage, step))
+        kept, host_bytes = states(layers, numel, model, layout, ds_config=ds_config, own=own)
+        components = (*kept, *_activations(runs, arch, model, layout.tensor, schedule, stage, step))
         found.append(StageMemory(stage, (start, stop), numel, components, host_bytes))
     return tuple(found)
-
-
-# ---- weights, gradients, optimizer ----------------------------------------------------------------
-
-
-def _states(
-    layers: list[LayerSpec], numel: int, model: ModelConfig, layout: Layout, ds_config: Mapping[str, Any]
-) -> tuple[list[Component], int]:
-    b, g = BYTES[model.dtype], SUM_BYTES[ds_config["data_types"]["grad_accum_dtype"]]
-    share = math.ceil(numel / layout.zero)
-    largest = max(local_numel(param, size=layout.tensor) for layer in layers for param in layer.params)
-    components = [Component("weights", b * numel, "b·P"), Component("gradients", g * numel, "g·P")]
-    if g != b:
-        components.append(_unsummed_gradients(numel, largest, b, ds_config))
-    host = 0
-    if offloads(ds_config):
-        host = (12 + 4) * share
-    else:
-        components += [
-            Component("fp32 master weights", 4 * share, "4·P/z"),
-            Component("Adam moments", 8 * share, "8·P/z"),
-        ]
-    if uses_bf16_optimizer(ds_config):
-        bucket = min(numel, BF16_FLATTEN_NUMEL + largest)
-        components.append(Component("reduction buffer", 4 * bucket, "4·min(P, 5e8 + largest parameter)", "reduce"))
-        return components, host
-    if sums_in_place(ds_config):
-        # reduced where they lie: the optimizer's share is a slice of them
-        if g != 4:
-            components.append(Component("own gradients in fp32", 4 * share, "4·P/z", "step"))
-        return components, host
-    bucket = int(ds_config["zero_optimization"]["reduce_bucket_size"])
-    components += [
-        Component("reduction buffer", g * bucket, "g·reduce_bucket_size", "reduce"),
-        Component("own averaged gradients", g * share, "g·P/z", "reduce"),
-    ]
-    if not offloads(ds_config):
-        copies = (g + 4) * share if g != 4 else 4 * share
-        formula = "(g + 4)·P/z" if g != 4 else "4·P/z"
-        components.append(Component("own gradients in fp32", copies, formula, "step"))
-    return components, host
-
-
-def _unsummed_gradients(numel: int, largest: int, b: int, ds_config: Mapping[str, Any]) -> Component:
-    """Gradients of the running micro-batch, where sums are kept in a wider dtype."""
-    name = "gradients of one micro-batch"
-    if uses_bf16_optimizer(ds_config) and ds_config["bf16"].get("immediate_grad_update"):
-        return Component(name, b * largest, "b·largest parameter", "forward_backward")
-    return Component(name, b * numel, "b·P", "forward_backward")
 
 
 # ---- activations ----------------------------------------------------------------------------------

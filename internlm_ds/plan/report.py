@@ -14,7 +14,8 @@ from internlm_ds.config.schema import Config
 from internlm_ds.layout.batch import BatchPlan
 from internlm_ds.layout.ranks import Layout
 from internlm_ds.plan import compute, memory
-from internlm_ds.plan.memory import PHASES, StageMemory
+from internlm_ds.plan.component import PHASES
+from internlm_ds.plan.memory import StageMemory
 from internlm_ds.runspec import RunSpec
 from internlm_ds.translate import Translation
 from internlm_ds.translate.optimizer_kind import offloads
@@ -117,7 +118,7 @@ def stage_memory(
         step=step,
         ds_config=ds_config,
         borders=own.pipeline_bounds if fits else None,
-        kind=own.pipeline_schedule,
+        own=own,
     )
 
 
@@ -155,7 +156,9 @@ def _alternatives(spec: RunSpec, translation: Translation) -> Iterator[Alternati
     assert config is not None, "a plan needs a configuration that loaded"
     ds_config = translation.ds_config
     short = {"float16": "fp16", "bfloat16": "bf16"}.get(config.model.dtype)
-    if short and ds_config["data_types"]["grad_accum_dtype"] == "fp32":
+    own = config.internlm_ds
+    masters = own.masters_dtype == "float32"  # others need fp32 sums, and an optimizer on the device
+    if short and masters and ds_config["data_types"]["grad_accum_dtype"] == "fp32":
         other = merge(ds_config, {"data_types": {"grad_accum_dtype": short}})
         change = f'deepspeed = dict(data_types=dict(grad_accum_dtype="{short}"))'
         yield Alternative(change, _peak(spec, config, other))
@@ -166,7 +169,10 @@ def _alternatives(spec: RunSpec, translation: Translation) -> Iterator[Alternati
         data = replace(config.data, micro_bsz=1, micro_num=config.data.micro_num * config.data.micro_bsz)
         change = f"--set data.micro_bsz=1 --set data.micro_num={data.micro_num}"
         yield Alternative(change, _peak(spec, replace(config, data=data), ds_config))
-    if not offloads(ds_config):
+    if own.moments_dtype == "float32":
+        other_config = replace(config, internlm_ds=replace(own, moments_dtype="bfloat16"))
+        yield Alternative("--set internlm_ds.moments_dtype=bfloat16", _peak(spec, other_config, ds_config))
+    if masters and not offloads(ds_config):
         other = merge(ds_config, {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
         yield Alternative("--overlay ds_configs/overlays/offload_optimizer_cpu.json", _peak(spec, config, other))
 

@@ -201,6 +201,7 @@ class Training:
             ds_config=self.translation.ds_config,
             context=context,
             loss_fn=loss,
+            seed=self.options.seed,
         )
 
     def _loop(

@@ -18,6 +18,15 @@ def uses_bf16_optimizer(ds_config: Mapping[str, Any]) -> bool:
     return bf16 and ds_config["data_types"]["grad_accum_dtype"] == "fp32" and not offloads(ds_config)
 
 
+def block_numel(device: str) -> int:
+    """Elements updated at a time where states are kept in bf16.
+
+    Their fp32 copies, and the numbers that they are rounded with, are all that exists beside what is stored. Few fit
+    into a processor's cache, many keep a GPU busy.
+    """
+    return 2**18 if device == "cpu" else 2**21
+
+
 def sums_in_place(ds_config: Mapping[str, Any]) -> bool:
     """Gradients lie in one flat tensor and are reduced there, without a bucket: `engine.flat_gradients.possible`."""
     dtype = next((name for name in ("fp16", "bf16") if ds_config.get(name, {}).get("enabled")), "fp32")

@@ -56,10 +56,11 @@ GUARDS: dict[str, Guard] = {
     "bf16.enabled": _from("model.dtype"),
     "bf16.check_grad_overflow": Guard("must be true: bad steps are skipped and counted in every precision"),
     "bf16.bf16_master_weights_and_grads": Guard(
-        "must be false: master weights are fp32; bf16 loses an update below 1/512 of a weight", (False,)
+        "must be false: it loses every update below 1/512 of a weight; write internlm_ds.masters_dtype instead",
+        (False,),
     ),
     "bf16.bf16_optimizer_states": Guard(
-        "must be false: optimizer states are fp32, in checkpoints and in the engine", (False,)
+        "must be false: it keeps the second moment from shrinking; write internlm_ds.moments_dtype instead", (False,)
     ),
     "bfloat16": Guard("DeepSpeed's old name; write bf16"),
     "torch_autocast": Guard("the precision comes from model.dtype; remove it"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from internlm_ds.config.schema import Leaf
-from internlm_ds.translate.optimizer_kind import sums_in_place
+from internlm_ds.translate.optimizer_kind import sums_in_place, uses_bf16_optimizer
 from internlm_ds.translate.rules import (
     Facts,
     Rule,
@@ -59,6 +59,23 @@ def _reduce_bucket(leaf: Leaf, facts: Facts) -> Verdict:
     return exact(target)
 
 
+def _masters(leaf: Leaf, facts: Facts) -> Verdict:
+    if leaf.value == "float32":
+        return no_effect("updates are made to fp32 copies of the weights")
+    if facts.config.model.dtype != "bfloat16":
+        dtype = facts.config.model.dtype
+        return refused(
+            f'only bf16 weights can be their own masters, and model.dtype is torch.{dtype}; write "float32", or '
+            'model.dtype="torch.bfloat16"'
+        )
+    if not uses_bf16_optimizer(facts.ds_config):
+        return refused(
+            'it needs gradients that are summed in fp32 and an optimizer on the device; write "float32", or remove '
+            "zero_optimization.offload_optimizer and data_types.grad_accum_dtype from deepspeed and overlays"
+        )
+    return native("the bf16 weights are updated in fp32 and rounded at random; there are no other masters")
+
+
 BETA2_NOTE = "computed from the number of successful updates and given to the optimizer before each update"
 LR_NOTE = "closed form of the number of successful updates, set before each update; no DeepSpeed scheduler runs"
 ADAM_NOTE = "given to the AdamW that the engine passes to DeepSpeed, so the JSON needs no optimizer section"
@@ -111,6 +128,12 @@ RULES: dict[str, Rule] = {
     "lr_scheduler.*": always(native(LR_NOTE)),
     "beta2_scheduler.cur_iter": always(native("count that the first update starts from; -1 means 0")),
     "beta2_scheduler.*": always(native(BETA2_NOTE)),
+    "internlm_ds.moments_dtype": neutral(
+        "float32",
+        off="Adam's moments are kept in fp32",
+        on=native("our AdamW keeps its moments in bf16, updates them in fp32 and rounds them at random"),
+    ),
+    "internlm_ds.masters_dtype": _masters,
     "cudnn_benchmark": always(native("sets torch.backends.cudnn.benchmark")),
     "cudnn_deterministic": always(native("sets torch.backends.cudnn.deterministic")),
     "metric_dtype": always(no_effect("sums behind perplexity are always fp32 here")),

@@ -1,9 +1,10 @@
 """The native format: one folder per checkpoint, independent of the layout that wrote it.
 
 Weights lie by logical name in safetensors files, one set per rank that owns weights: whole, or as the shards that
-tensor ranks held, `NAME@tensor1`, each described in the manifest. Optimizer state lies in fragments: 1-D fp32 slices of
+tensor ranks held, `NAME@tensor1`, each described in the manifest. Optimizer state lies in fragments: 1-D slices of
 what was flattened, a whole parameter or a shard, keyed `exp_avg/NAME@START`, as each rank happened to own them. A
-reader asks for a whole parameter, for any shard of it or for any slice, and gets it from what is there. Beside them:
+reader asks for a whole parameter, for any shard of it or for any slice, and gets it from what is there; fragments of
+a run that keeps its states in bf16 are bf16, and reach a reader as fp32. Beside them:
 `train_state.json`, one random state per rank, `config.py`, and `manifest.json`, written last. Everything is written
 into a temporary folder and appears under its name by one rename, or not at all.
 
@@ -84,8 +85,8 @@ class Fragment:
     """A piece of optimizer state: elements `[start, start + numel)` of a flattened parameter.
 
     Attributes:
-        kind: `master` (fp32 weights), `exp_avg` or `exp_avg_sq`.
-        tensor: fp32 `(numel,)`.
+        kind: `master` (the weights that are updated), `exp_avg` or `exp_avg_sq`.
+        tensor: fp32 `(numel,)`, or bf16 from a run that keeps it so.
         shard: What was flattened; None: the whole parameter.
     """
 
@@ -255,7 +256,8 @@ class _RankFiles:
 def _stored(fragment: Fragment, *, file: str) -> StoredFragment:
     assert fragment.kind in KINDS, f"unknown kind of optimizer state {fragment.kind!r}"
     assert fragment.tensor.dim() == 1, f"{fragment.name}: a fragment is 1-D, got {tuple(fragment.tensor.shape)}"
-    assert fragment.tensor.dtype == torch.float32, f"{fragment.name}: a fragment is fp32, got {fragment.tensor.dtype}"
+    dtype = fragment.tensor.dtype
+    assert dtype in (torch.float32, torch.bfloat16), f"{fragment.name}: a fragment is fp32 or bf16, got {dtype}"
     rank = None if fragment.shard is None else fragment.shard.rank
     return StoredFragment(fragment.name, fragment.kind, fragment.start, fragment.tensor.numel(), file, rank)
 

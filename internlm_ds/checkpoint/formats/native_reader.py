@@ -175,7 +175,7 @@ class NativeCheckpoint:
         for stored in self._fragments.get((key, kind), ()):
             if stored.stop > position and stored.start <= position < stop:
                 low, high = position - stored.start, min(stop, stored.stop) - stored.start
-                pieces.append(self._reader.range(stored.file, stored.key, low, high))
+                pieces.append(self._reader.range(stored.file, stored.key, low, high).float())
                 position = stored.start + high
         if position < stop:
             raise CheckpointError(

@@ -62,6 +62,17 @@ def test_everything_comes_back(tmp_path, tiny_weights, tiny_arch, tiny_model):
     assert checkpoint.rng_state(1) is None
 
 
+def test_fragments_in_bf16_reach_a_reader_as_fp32(tmp_path, tiny_weights, tiny_arch):
+    rounded = [replace(f, tensor=f.tensor.bfloat16()) for f in fragments_of(tiny_weights, cuts=(0.5,))]
+    checkpoint = native.open(save(tmp_path / "5", tiny_weights, tiny_arch, fragments=rounded))
+    for name, weight in tiny_weights.items():
+        found = checkpoint.fragment(name, "exp_avg_sq", 0, weight.numel())
+        assert found.dtype == torch.float32 and found.equal((weight.flatten() + 2).bfloat16().float())
+    size = sum(path.stat().st_size for path in checkpoint.folder.glob("optimizer-*"))
+    wide = save(tmp_path / "6", tiny_weights, tiny_arch, fragments=fragments_of(tiny_weights, cuts=(0.5,)))
+    assert size < 0.75 * sum(path.stat().st_size for path in wide.glob("optimizer-*"))
+
+
 def test_folder_holds_what_the_manifest_lists_and_nothing_else(tmp_path, tiny_weights, tiny_arch):
     folder = save(tmp_path / "5", tiny_weights, tiny_arch)
     listed = set(native.open(folder).manifest.files)

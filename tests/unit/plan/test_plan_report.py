@@ -14,6 +14,7 @@ from internlm_ds.plan.report import Plan, gigabytes
 from internlm_ds.plan.world import smallest_world_size
 from internlm_ds.runspec import RunSpec
 from internlm_ds.translate import translate
+from internlm_ds.translate.optimizer_kind import block_numel
 
 SpecOf = Callable[..., RunSpec]
 
@@ -101,6 +102,22 @@ def test_offload_moves_states_to_the_host(spec_of: SpecOf) -> None:
     assert not {"fp32 master weights", "Adam moments"} & names
     assert found.num_params and found.stages[0].host_bytes == 16 * found.num_params // 8
     assert "in host memory" in plan.render(found)
+
+
+def test_states_in_bf16(spec_of: SpecOf) -> None:
+    overlay = Path(__file__).resolve().parents[3] / "ds_configs/overlays/offload_optimizer_cpu.json"
+    asked = ("model.dtype=torch.bfloat16", "internlm_ds.moments_dtype=bfloat16")
+    moments = spec_of(*asked, config="7b", world_size=8)
+    found = plan_of(moments)
+    assert part(found, "Adam moments") == part(found, "fp32 master weights") == 4 * found.num_params // 8
+    assert part(found, "update in fp32") == 16 * block_numel("cuda")
+    assert plan_of(moments, overlay).stages[0].host_bytes == 12 * found.num_params // 8
+    both = plan_of(spec_of(*asked, "internlm_ds.masters_dtype=bfloat16", config="7b", world_size=8))
+    assert part(both, "update in fp32") == 20 * block_numel("cuda")
+    assert not any(component.name == "fp32 master weights" for component in both.stages[0].components)
+    alone = plan_of(spec_of(*asked, "internlm_ds.masters_dtype=bfloat16", config="7b", world_size=1))
+    changes = " ".join(alternative.change for alternative in alone.alternatives)
+    assert changes and "grad_accum_dtype" not in changes and "offload" not in changes, "these are refused"
 
 
 def test_bf16_without_immediate_update_keeps_a_second_gradient(spec_of: SpecOf) -> None:

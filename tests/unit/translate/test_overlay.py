@@ -213,6 +213,9 @@ def test_precision_cannot_be_changed_behind_the_configuration(spec_of: SpecOf) -
     found = problems_of(with_dict(spec_of, {"bf16": {"check_grad_overflow": False}}, bf16))
     assert "must be true" in found["deepspeed.bf16.check_grad_overflow"]
     translate(with_dict(spec_of, {"bf16": {"immediate_grad_update": False}}, bf16))
+    for theirs, ours in (("bf16_master_weights_and_grads", "masters"), ("bf16_optimizer_states", "moments")):
+        found = problems_of(with_dict(spec_of, {"bf16": {theirs: True}}, bf16))
+        assert f"write internlm_ds.{ours}_dtype instead" in found[f"deepspeed.bf16.{theirs}"]
     found = problems_of(with_dict(spec_of, {"data_types": {"grad_accum_dtype": "fp16"}}, bf16))
     assert "bf16 gradients are summed in bf16 or fp32" in found["deepspeed.data_types.grad_accum_dtype"]
     found = problems_of(with_dict(spec_of, {"bf16": {"immediate_grad_update": True}}))

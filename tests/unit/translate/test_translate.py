@@ -408,6 +408,35 @@ def test_zero_bubble_is_for_one_chunk(spec_of: SpecOf) -> None:
     )
 
 
+BF16, MOMENTS, MASTERS = "model.dtype=torch.bfloat16", "internlm_ds.moments_dtype", "internlm_ds.masters_dtype"
+
+
+def test_states_in_bf16_are_ours_and_change_no_key_of_deepspeeds(spec_of: SpecOf) -> None:
+    plain, ours = spec_of(BF16), spec_of(BF16, f"{MOMENTS}=bfloat16", f"{MASTERS}=bfloat16")
+    for key in (MOMENTS, MASTERS):
+        assert note_of(plain, key).fidelity == "no_effect" and "fp32" in note_of(plain, key).reason
+        assert note_of(ours, key).fidelity == "native" and "at random" in note_of(ours, key).reason
+    assert translate(ours).ds_config == translate(plain).ds_config
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_only_bf16_weights_are_their_own_masters(spec_of: SpecOf, dtype: str) -> None:
+    spec = spec_of(f"model.dtype=torch.{dtype}", f"{MOMENTS}=bfloat16", f"{MASTERS}=bfloat16")
+    message = refusal(spec, MASTERS)
+    assert f"torch.{dtype}" in message and message.endswith('model.dtype="torch.bfloat16"')
+    assert note_of(spec, MOMENTS).fidelity == "native"
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [{"data_types": {"grad_accum_dtype": "bf16"}}, {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}],
+)
+def test_bf16_masters_need_fp32_sums_on_the_device(spec_of: SpecOf, keys: dict[str, Any]) -> None:
+    spec = spec_of(BF16, f"{MOMENTS}=bfloat16", f"{MASTERS}=bfloat16", f"deepspeed={keys}")
+    assert 'write "float32", or remove' in refusal(spec, MASTERS)
+    assert note_of(spec, MOMENTS).fidelity == "native"
+
+
 def test_mixtures_of_experts_are_refused(spec_of: SpecOf) -> None:
     assert "mixtures of experts" in refusal(spec_of("model_type=INTERNLM_MoE"), "model_type")
 
