@@ -17,25 +17,23 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import json
 import os
 import statistics
-import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pairs import Ratio, facts, headline, in_turn, ratio, table, write_json
+from pairs import Ratio, facts, headline, table, write_json
+from step_arena import Arena, ContestantFailed, Figures
 from step_peers import Facts, Sizes
 
 from internlm_ds.plan.compute import flops_per_step
 
-PEERS = Path(__file__).with_name("step_peers.py")
 PLAIN = "plain PyTorch"
 
 CPU = Sizes("8 layers of 512", hidden=512, layers=8, heads=8, mlp=1536, vocab=8192, seq=512, rows=2, micro_batches=4)
@@ -87,130 +85,6 @@ def contestants(sizes: Sizes, device: str, *, compiled: bool) -> tuple[dict[str,
     return bases, pairs
 
 
-# ---- processes -------------------------------------------------------------------------------------------------------
-
-
-class Contestant:
-    """The processes of one contestant; they wait until they are told to take steps."""
-
-    def __init__(self, facts: Facts, *, threads: int):
-        self._folder = tempfile.TemporaryDirectory()
-        self.errors = Path(self._folder.name, "errors")
-        self.facts = replace(facts, store=str(Path(self._folder.name, "store")))
-        size = self.facts.world_size
-        self.processes = []
-        for rank in range(size):
-            environ = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size}
-            environ |= {"OMP_NUM_THREADS": max(1, threads // size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
-            if facts.device == "cpu":
-                environ |= {"DS_ACCELERATOR": "cpu"}
-            with self.errors.open("a") as errors:
-                process = subprocess.Popen(
-                    [sys.executable, str(PEERS), self.facts.dumps()],
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=errors,
-                    text=True,
-                    env={**os.environ, **{key: str(value) for key, value in environ.items()}},
-                )
-            self.processes.append(process)
-        for process in self.processes:
-            self._line(process)
-
-    def steps(self, count: int) -> list[dict[str, Any]]:
-        """What every rank says of so many steps."""
-        for process in self.processes:
-            assert process.stdin is not None
-            process.stdin.write(f"{count}\n")
-            process.stdin.flush()
-        return [json.loads(self._line(process)) for process in self.processes]
-
-    def _line(self, process: subprocess.Popen[str]) -> str:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if not line:
-            raise ContestantFailed(self.errors.read_text(errors="replace")[-1500:])
-        return line
-
-    def close(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.wait()
-        self._folder.cleanup()
-
-
-class ContestantFailed(RuntimeError):
-    """A process ended before it answered; holds the end of its error output."""
-
-
-@contextlib.contextmanager
-def running(facts: Facts, args: argparse.Namespace) -> Iterator[Contestant]:
-    """A contestant whose buffers, caches and states are made."""
-    contestant = Contestant(facts, threads=args.threads)
-    try:
-        contestant.steps(args.warm_up)
-        yield contestant
-    finally:
-        contestant.close()
-
-
-@dataclass
-class Figures:
-    """What a contestant showed in all its turns."""
-
-    seconds: list[float]
-    peaks: list[list[float]]
-    loss: float = 0.0
-
-    def turn(self, contestant: Contestant, steps: int) -> float:
-        """Take steps; the median of their seconds."""
-        answers = contestant.steps(steps)
-        self.seconds.append(statistics.median(answers[0]["seconds"]))
-        self.peaks.append([answer["peak_mb"] for answer in answers])
-        self.loss = answers[-1]["loss"]
-        return self.seconds[-1]
-
-
-class Arena:
-    """Lets two contestants take turns.
-
-    On the CPU a contestant that others are compared with stays ready for the next comparison. Two models do not fit
-    one GPU side by side: there every turn starts anew.
-    """
-
-    def __init__(self, args: argparse.Namespace):
-        self.args = args
-        self._ready: dict[str, Contestant] = {}
-        self._stack = contextlib.ExitStack()
-
-    def close(self) -> None:
-        self._stack.close()
-
-    def compare(self, pair: Pair, base: Facts) -> tuple[Ratio, Figures, Figures]:
-        """Speed of the pair's contestant as a multiple of its base's, and both's figures."""
-        it, its_base = Figures([], []), Figures([], [])
-        if self.args.device == "cuda":
-            turns = {
-                "base": lambda: self._fresh_turn(base, its_base),
-                "it": lambda: self._fresh_turn(pair.facts, it),
-            }
-            seconds = in_turn(turns, rounds=self.args.rounds)
-        else:
-            if pair.over not in self._ready:
-                self._ready[pair.over] = self._stack.enter_context(running(base, self.args))
-            with running(pair.facts, self.args) as contestant:
-                turns = {
-                    "base": lambda: its_base.turn(self._ready[pair.over], self.args.steps),
-                    "it": lambda: it.turn(contestant, self.args.steps),
-                }
-                seconds = in_turn(turns, rounds=self.args.rounds)
-        return ratio(seconds["base"], seconds["it"]), it, its_base
-
-    def _fresh_turn(self, facts: Facts, figures: Figures) -> float:
-        with running(facts, self.args) as contestant:
-            return figures.turn(contestant, self.args.steps)
-
-
 # ---- the report ------------------------------------------------------------------------------------------------------
 
 
@@ -241,17 +115,19 @@ def measure(sizes: Sizes, arena: Arena) -> dict[str, Any]:
     """All comparisons of one size; prints them as they come."""
     args = arena.args
     bases, pairs = contestants(sizes, args.device, compiled=args.compile)
-    rate, name = matmul_rate(sizes, args), f"{sizes.name}, {'packed ' if sizes.packed else ''}{sizes.seq}"
+    rate, name = matmul_rate(sizes, arena), f"{sizes.name}, {'packed ' if sizes.packed else ''}{sizes.seq}"
     print(f"\n{name}: {sizes.tokens} tokens a step, {sizes.dtype}; matrix products at {rate / 1e9:.0f} GFLOP/s\n")
     case: dict[str, Any] = {"sizes": vars(sizes), "matmul_flops": rate, "rows": {}}
     shown: set[str] = set()
     rows = []
-    for pair in pairs:
-        if args.only and args.only not in pair.name:
-            continue
+    pairs = [pair for pair in pairs if not args.only or args.only in pair.name]
+    for pair, following in zip_longest(pairs, pairs[1:]):
+        if args.quick and following:
+            arena.start(following.facts)  # loads its libraries meanwhile: times of a tiny model say nothing anyway
         try:
-            speed, it, base = arena.compare(pair, bases[pair.over])
+            speed, it, base = arena.compare(pair.facts, bases[pair.over])
         except ContestantFailed as error:
+            arena.stop(pair.facts)
             print(f"{pair.name}: failed\n{error}", file=sys.stderr, flush=True)
             case["rows"][pair.name] = {"failed": str(error)}
             continue
@@ -260,6 +136,8 @@ def measure(sizes: Sizes, arena: Arena) -> dict[str, Any]:
         shown.add(pair.over)
         rows.append(_row(case, pair.name, it, sizes, rate, (speed, pair.over)))
         print(f"  {pair.name}: {speed} of {pair.over}", flush=True)
+        if pair.facts not in bases.values():
+            arena.stop(pair.facts)
     head = ["contestant", "tokens/s", "MFU", "HFU", "of matmul", "memory MB", "loss", "speed (min-max)", "times"]
     print("\n" + table(head, rows), flush=True)
     return case
@@ -320,10 +198,14 @@ def _data_sheet_peak(case: dict[str, Any]) -> float | None:
     return device_peak_flops(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def matmul_rate(sizes: Sizes, args: argparse.Namespace) -> float:
+def matmul_rate(sizes: Sizes, arena: Arena) -> float:
     """Flops per second of the device's matrix products in the model's shape: the best of three turns."""
-    with running(Facts("matmul", sizes, args.device), args) as contestant:
-        return max(contestant.steps(1)[0]["loss"] for _ in range(3))
+    facts = Facts("matmul", sizes, arena.args.device)
+    contestant = arena.start(facts)
+    contestant.prepare(warm_up=arena.args.warm_up)
+    rate = max(contestant.steps(1)[0]["loss"] for _ in range(3))
+    arena.stop(facts)
+    return rate
 
 
 def _chosen(args: argparse.Namespace) -> list[Sizes]:

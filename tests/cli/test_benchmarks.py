@@ -16,7 +16,7 @@ import pytest
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 # a command writes a report; what the others hold is imported or started by one
 COMMANDS = sorted(path.stem for path in FOLDER.glob("*.py") if '"--json"' in path.read_text(encoding="utf-8"))
-HELPERS = {"corpus", "first_step_peer", "pairs", "step_peers"}
+HELPERS = {"corpus", "first_step_peer", "pairs", "step_arena", "step_peers"}
 LIMIT_S = 280
 # a goal is missed below this share of it: the machine may be shared
 MARGIN = 0.85
@@ -46,6 +46,13 @@ def check_checkpoint(report: dict[str, Any]) -> None:
         assert report[part]["over"] == over and report[part]["ratios"][over]
 
 
+def check_step(report: dict[str, Any]) -> None:
+    (case,) = report["cases"]
+    # a tiny model's speed says nothing; that of its loss says that all of ours train the same
+    ours = [row["loss"] for name, row in case["rows"].items() if name.startswith(("internlm-ds", "2 "))]
+    assert len(ours) == 5 and max(ours) - min(ours) < 1e-4
+
+
 def check_startup(report: dict[str, Any]) -> None:
     # seconds of processor: those of the clock say what else the machine does
     taken = {name: found["cpu"]["median"] / found["goal"] for name, found in report["ratios"].items()}
@@ -72,6 +79,7 @@ CHECKS: dict[str, Callable[[dict[str, Any]], None]] = {
     "cross_entropy": check_cross_entropy,
     "engine": check_engine,
     "startup": check_startup,
+    "step": check_step,
     "tokenizing": check_tokenizing,
 }
 
@@ -101,6 +109,26 @@ def test_benchmark_runs(name: str, tmp_path: Path):
     if name in CHECKS:
         CHECKS[name]({**report, "shown": done.stdout})
     assert not list(here.iterdir()), "a benchmark leaves files behind where it is called"
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(2400)
+def test_a_step_is_as_fast_as_it_should_be(tmp_path: Path):
+    """Real sizes of a CPU: ten minutes."""
+    report_file = tmp_path / "report.json"
+    command = [sys.executable, str(FOLDER / "step.py"), "--device", "cpu", "--json", str(report_file)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=2300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    (case,) = json.loads(report_file.read_text())["cases"]
+    speeds = {name: row["speed"]["median"] for name, row in case["rows"].items() if "speed" in row}
+    goals = {
+        "internlm-ds": 0.98,
+        "2 ranks, ZeRO-1": 0.95,
+        "2 stages, 1F1B": 0.97 * 4 / 5,
+        "2 stages, zero bubble": 1.0,
+        "2 stages, 2 chunks": 1.0,
+    }
+    assert all(speeds[name] >= MARGIN * goal for name, goal in goals.items()), speeds
 
 
 def make_wheel(folder: Path, name: str) -> None:
