@@ -163,7 +163,7 @@ RULES: dict[str, Rule] = {
         native("0 reads when asked, more let one thread read ahead; order and content do not depend on it")
     ),
     "data.empty_cache_and_diag_interval": always(
-        native("batches between collections of garbage, each with a line about memory; the CUDA cache is emptied")
+        native("batches between collections of garbage, each with a line about memory; freed memory is given back")
     ),
     "data.diag_outlier_ratio": _diagnosis,
     "data.total_steps": always(native("batches of the run")),
