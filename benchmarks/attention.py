@@ -22,8 +22,7 @@ import argparse
 import random
 import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import pairs
 import torch
+from device_time import elapsed
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -240,19 +240,10 @@ def _seconds(attend: Attend, qkv: list[Tensor], segments: Segments, *, calls: in
         out = attend(*qkv, segments)
         out.backward(out.detach())
 
-    return _mean(lambda: attend(*qkv, segments), qkv[0], calls), _mean(both, qkv[0], calls)
-
-
-def _mean(work: Callable[[], object], on: Tensor, calls: int) -> float:
-    if on.is_cuda:
-        work()
-        torch.cuda.synchronize(on.device)
-    started = time.perf_counter()
-    for _ in range(calls):
-        work()
-    if on.is_cuda:
-        torch.cuda.synchronize(on.device)
-    return (time.perf_counter() - started) / calls
+    device = qkv[0].device
+    if device.type == "cuda":
+        both()  # memory of the last contestant's shapes is handed on
+    return elapsed(lambda: attend(*qkv, segments), device, times=calls), elapsed(both, device, times=calls)
 
 
 def _shown(found: dict[str, Any]) -> str:

@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import pairs
 import torch
+from device_time import wait
 
 from internlm_ds.model.loss import chunked_cross_entropy, cross_entropy
 from internlm_ds.model.metrics import token_values
@@ -116,11 +117,11 @@ def measure(name: str, args: argparse.Namespace) -> Run:
     dtype = getattr(torch, args.dtype or ("bfloat16" if args.device == "cuda" else "float32"))
     _once(loss_of, *_inputs(8, 64, 16, device, dtype))
     inputs = _inputs(args.tokens, args.words, args.hidden, device, dtype)
-    _wait(device)
+    wait(device)
     before = _reset_peak(device)
     started, processor = time.perf_counter(), time.process_time()
     loss = _once(loss_of, *inputs)
-    _wait(device)
+    wait(device)
     seconds, processor = time.perf_counter() - started, time.process_time() - processor
     gradients = [x.grad for x in inputs[:2]]
     left = sum(g.numel() * g.element_size() for g in gradients)
@@ -180,11 +181,6 @@ CONTESTANTS: dict[str, Loss] = {"plain": _plain, "plain + metrics": _plain_with_
 
 
 # ---- device and table ----------------------------------------------------------------------------------------------
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _reset_peak(device: torch.device) -> int:

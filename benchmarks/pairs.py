@@ -73,6 +73,11 @@ def ratio(figures: Sequence[float], over: Sequence[float]) -> Ratio:
     return Ratio(statistics.median(pairs), min(pairs), max(pairs))
 
 
+def beside(figures: Mapping[str, Sequence[float]], peer: str) -> dict[str, tuple[float, Ratio]]:
+    """The median of each contestant's figures, and their ratio to the peer's."""
+    return {name: (statistics.median(own), ratio(own, figures[peer])) for name, own in figures.items()}
+
+
 def seconds(work: Callable[[], object]) -> float:
     """How long `work()` takes."""
     started = time.perf_counter()

@@ -8,9 +8,7 @@ time on a CPU (one thread; what a busy machine moves least), of the clock's on a
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import pairs
 import torch
+from device_time import busy
 from torch.nn.functional import rms_norm
 
 from internlm_ds.model.mlp import swiglu, swiglu_plain
@@ -38,10 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows, found = [], {}
     for piece, contestants in _pieces(args).items():
         taken = pairs.in_turn({n: _timed(f, args) for n, f in contestants.items()}, rounds=args.rounds)
-        for name, figures in taken.items():
-            of_plain = pairs.ratio(figures, taken["plain"])
-            found[f"{piece}: {name}"] = {"ms": statistics.median(figures), "of_plain": of_plain}
-            rows.append((f"{piece}: {name}", statistics.median(figures), str(of_plain)))
+        for name, (ms, of_plain) in pairs.beside(taken, "plain").items():
+            found[f"{piece}: {name}"] = {"ms": ms, "of_plain": of_plain}
+            rows.append((f"{piece}: {name}", ms, str(of_plain)))
     report = {**pairs.facts(args, packages=["torch"]), "pieces": found}
     print(pairs.headline(report))
     print(f"{args.tokens} tokens, hidden {args.hidden}, MLP {args.width}, {args.device}, {args.dtype}\n")
@@ -69,22 +67,7 @@ def _parser() -> argparse.ArgumentParser:
 def _timed(piece: Piece, args: argparse.Namespace) -> pairs.Measure:
     """Milliseconds of a forward and backward pass."""
     grad = torch.randn_like(piece())
-    clock = time.perf_counter if args.device == "cuda" else time.process_time
-
-    def measure() -> float:
-        _wait(args)
-        started = clock()
-        for _ in range(args.times):
-            piece().backward(grad)
-        _wait(args)
-        return (clock() - started) / args.times * 1e3
-
-    return measure
-
-
-def _wait(args: argparse.Namespace) -> None:
-    if args.device == "cuda":
-        torch.cuda.synchronize()
+    return lambda: busy(lambda: piece().backward(grad), args.device, times=args.times) * 1e3
 
 
 def _pieces(args: argparse.Namespace) -> dict[str, dict[str, Piece]]:

@@ -1,6 +1,6 @@
 #!/usr/bin/env python
-"""How fast a training step is, beside peers that are measured in turn: a plain PyTorch loop, and Hugging Face's Llama
-under DeepSpeed ZeRO-1.
+"""How fast a training step is, beside peers that are measured in turn: a plain PyTorch loop, Hugging Face's Llama under
+DeepSpeed ZeRO-1, and torchtitan where it is installed.
 
 `python benchmarks/step.py --device cpu` trains 8 layers of width 512 in fp32 on one rank, on two data-parallel ranks
 (ZeRO-1) and in two pipeline stages; `--quick` the same with a tiny model; `--device cuda` 1.3B whole and layers shaped
@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import os
 import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pairs import Ratio, facts, headline, table, write_json
 from step_arena import Arena, ContestantFailed, Figures
-from step_peers import Facts, Sizes
+from step_facts import Facts, Sizes
 
 from internlm_ds.plan.compute import flops_per_step
 
@@ -70,9 +70,14 @@ def contestants(sizes: Sizes, device: str, *, compiled: bool) -> tuple[dict[str,
         Pair("Hugging Face + DeepSpeed ZeRO-1", Facts("hf", sizes, device), PLAIN),
         Pair("internlm-ds", alone, PLAIN),
     ]
+    titan = [Facts("torchtitan", sizes, device)] if find_spec("torchtitan") else []
+    pairs += [Pair("torchtitan", facts, PLAIN) for facts in titan]
     if compiled:
         bases["plain PyTorch, compiled"] = replace(plain, compile=True)
         pairs.append(Pair("internlm-ds, compiled", replace(alone, own="compile=True"), "plain PyTorch, compiled"))
+        pairs += [
+            Pair("torchtitan, compiled", replace(facts, compile=True), "plain PyTorch, compiled") for facts in titan
+        ]
     if device == "cpu":
         stages = replace(alone, pipe=2)
         bases["2 stages, 1F1B"] = stages
@@ -96,16 +101,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         # threads of a tiny model wait for each other longer than they compute
         args.threads = 1 if args.quick else _cores()
     report = {
-        **facts(args, packages=["torch", "deepspeed", "transformers"]),
+        **facts(args, packages=["torch", "deepspeed", "transformers", "torchtitan"]),
         "cases": [],
-        "torchtitan": "installed; measure it by its own command" if _has("torchtitan") else "not installed",
     }
     print(headline(report), flush=True)
     for sizes in _chosen(args):
         arena = Arena(args)
         with contextlib.closing(arena):
             report["cases"].append(measure(sizes, arena))
-    print(f"\ntorchtitan: {report['torchtitan']}")
     write_json(report, args.json)
     failed = any("failed" in row for case in report["cases"] for row in case["rows"].values())
     return int(failed and args.quick)  # with real sizes a peer may run out of memory
@@ -217,10 +220,6 @@ def _chosen(args: argparse.Namespace) -> list[Sizes]:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _has(package: str) -> bool:
-    return importlib.util.find_spec(package) is not None
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from pairs import Ratio, in_turn, ratio
-from step_peers import Facts
+from step_facts import Facts
 
-PEERS = Path(__file__).with_name("step_peers.py")
+CONTESTANT = Path(__file__).with_name("step_contestant.py")
 
 
 class Contestant:
@@ -36,7 +36,7 @@ class Contestant:
                 environ |= {"DS_ACCELERATOR": "cpu"}
             with self.errors.open("a") as errors:
                 process = subprocess.Popen(
-                    [sys.executable, str(PEERS), self.facts.dumps()],
+                    [sys.executable, str(CONTESTANT), self.facts.dumps()],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=errors,

@@ -8,9 +8,7 @@ processor's time on a CPU (one thread), of the clock's on a GPU.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import pairs
 import torch
+from device_time import busy
 
 from internlm_ds.engine.rounded_adam import RoundedAdamW
 from internlm_ds.engine.rounding import Piece
@@ -39,10 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     taken = pairs.in_turn(contestants, rounds=args.rounds)
     rows, found = [], {}
-    for name, figures in taken.items():
-        of_peer = pairs.ratio(figures, taken[PEER])
-        found[name] = {"ns": statistics.median(figures), "of_fused": of_peer}
-        rows.append((name, statistics.median(figures), str(of_peer)))
+    for name, (ns, of_peer) in pairs.beside(taken, PEER).items():
+        found[name] = {"ns": ns, "of_fused": of_peer}
+        rows.append((name, ns, str(of_peer)))
     report = {**pairs.facts(args, packages=["torch"]), "updates": found}
     print(pairs.headline(report))
     print(f"{args.numel} parameters, {args.device}\n")
@@ -66,7 +64,6 @@ def _timed(masters: torch.dtype, moments: torch.dtype | None, args: argparse.Nam
     """Nanoseconds a parameter of one update; `moments` None: torch's."""
     weights = torch.randn(args.numel, device=args.device).to(masters)
     gradient = torch.randn(args.numel, device=args.device)
-    clock = time.perf_counter if args.device == "cuda" else time.process_time
     if moments is None:
         theirs = torch.optim.AdamW([weights], fused=True, **SETTINGS)
         weights.grad, update = gradient, theirs.step
@@ -77,20 +74,8 @@ def _timed(masters: torch.dtype, moments: torch.dtype | None, args: argparse.Nam
         def update() -> None:
             ours.step(gradients={weights: gradient})
 
-    def measure() -> float:
-        _wait(args)
-        started = clock()
-        update()
-        _wait(args)
-        return (clock() - started) / args.numel * 1e9
-
-    measure()  # makes the moments
-    return measure
-
-
-def _wait(args: argparse.Namespace) -> None:
-    if args.device == "cuda":
-        torch.cuda.synchronize()
+    update()  # makes the moments
+    return lambda: busy(update, args.device) / args.numel * 1e9
 
 
 if __name__ == "__main__":
