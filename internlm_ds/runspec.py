@@ -46,13 +46,13 @@ class RunSpec:
     batch: BatchPlan
 
 
-def resolve(path: str | os.PathLike[str], *, overrides: Sequence[str] = (), world_size: int) -> RunSpec:
-    """Load a configuration and lay it out on `world_size` processes.
+def resolve(path: str | os.PathLike[str], *, overrides: Sequence[str] = (), world_size: int | None) -> RunSpec:
+    """Load a configuration and lay it out on `world_size` processes, or on as few as it allows.
 
     Args:
         path: An InternLM Python configuration.
         overrides: Arguments of `--set`.
-        world_size: Number of processes.
+        world_size: Number of processes; None: the smallest that the configuration allows.
     Raises:
         ConfigError: All problems of the file, the model's sizes and the layout, together.
     """
@@ -60,6 +60,8 @@ def resolve(path: str | os.PathLike[str], *, overrides: Sequence[str] = (), worl
     config, line_of = loaded.config, _line_of(loaded.leaves)
     if config is None:
         raise ConfigError(loaded.problems, path=loaded.path)
+    if world_size is None:
+        world_size = ranks.smallest_world_size(config.parallel)
     wrong = frozenset(problem.key.removesuffix(".size") for problem in loaded.problems)
     layout, found = _lay_out(config, wrong, world_size=world_size, line_of=line_of)
     found = [*_arch.check(config, line_of=line_of), *found]

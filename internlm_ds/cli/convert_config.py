@@ -36,8 +36,7 @@ def run(args: argparse.Namespace) -> int:
     from internlm_ds import runspec
     from internlm_ds.translate import examine, render
 
-    size = world_size(args)
-    spec = runspec.resolve(args.config, overrides=args.set, world_size=size)
+    spec = runspec.resolve(args.config, overrides=args.set, world_size=world_size(args))
     translation, problems = examine(spec, overlays=args.overlay)
     _write_report(args, render.report(translation.notes, args.report), (*spec.warnings, *translation.warnings))
     if problems:
@@ -50,23 +49,19 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def world_size(args: argparse.Namespace) -> int:
-    """`--world-size`, else `$WORLD_SIZE`, else the smallest that the configuration allows.
+def world_size(args: argparse.Namespace) -> int | None:
+    """`--world-size`, else `$WORLD_SIZE`, else None: the smallest that the configuration allows.
 
     Raises:
         InternlmDsError: Not a positive number.
     """
     asked = args.world_size if args.world_size is not None else os.environ.get("WORLD_SIZE")
-    if asked is not None:
+    if asked is None:
+        return None
+    if not str(asked).isdecimal() or int(asked) < 1:
         where = "--world-size" if args.world_size is not None else "$WORLD_SIZE"
-        if not str(asked).isdecimal() or int(asked) < 1:
-            raise InternlmDsError(f"{where} = {asked}: a number of ranks is needed, 1 or more")
-        return int(asked)
-    from internlm_ds.config import load
-    from internlm_ds.plan.world import smallest_world_size
-
-    config = load(args.config, overrides=args.set).config
-    return smallest_world_size(config.parallel) if config is not None else 1
+        raise InternlmDsError(f"{where} = {asked}: a number of ranks is needed, 1 or more")
+    return int(asked)
 
 
 def write_whole(path: str, text: str) -> None:

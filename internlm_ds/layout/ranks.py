@@ -146,6 +146,16 @@ def group_of(groups: Groups, rank: int) -> tuple[int, ...]:
     raise LayoutError(f"rank {rank} is in none of the groups {groups}")
 
 
+def smallest_world_size(parallel: ParallelConfig) -> int:
+    """Processes for one data-parallel rank, or for as many as share optimizer states when `zero1` names a number.
+
+    >>> from internlm_ds.config.schema import PipelineConfig, Zero1Config
+    >>> smallest_world_size(ParallelConfig(zero1=Zero1Config(8), pipeline=PipelineConfig(2)))
+    16
+    """
+    return max(1, parallel.pipeline.size) * max(1, parallel.tensor.size) * max(1, parallel.zero1.size)
+
+
 def solve(
     parallel: ParallelConfig, *, world_size: int, num_chunks: int, line_of: Callable[[str], int | None]
 ) -> tuple[Layout | None, list[Problem]]:

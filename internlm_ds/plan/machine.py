@@ -19,7 +19,6 @@ from internlm_ds.errors import ConfigError, InternlmDsError, LayoutError, Machin
 from internlm_ds.layout.ranks import Layout, divisors
 from internlm_ds.plan.memory import DEVICE_OVERHEAD_BYTES
 from internlm_ds.plan.report import Plan, describe, gigabytes, stage_memory
-from internlm_ds.plan.world import smallest_world_size
 from internlm_ds.runspec import RunSpec
 from internlm_ds.translate import Translation, translate
 
@@ -280,11 +279,8 @@ def _resolve_somewhere(path: str | Path, *, overrides: Sequence[str], world_size
     try:
         return runspec.resolve(path, overrides=overrides, world_size=world_size)
     except (ConfigError, LayoutError) as error:
-        config = load(path, overrides=overrides).config
-        if config is None:
-            raise
         try:
-            return runspec.resolve(path, overrides=overrides, world_size=smallest_world_size(config.parallel))
+            return runspec.resolve(path, overrides=overrides, world_size=None)
         except (ConfigError, LayoutError):
             raise error from None
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from internlm_ds.config.schema import ParallelConfig, PipelineConfig, TensorConfig, Zero1Config
 from internlm_ds.errors import LayoutError
-from internlm_ds.layout.ranks import Coord, Layout, divisors, group_of, solve
+from internlm_ds.layout.ranks import Coord, Layout, divisors, group_of, smallest_world_size, solve
 
 
 @st.composite
@@ -140,3 +140,9 @@ def test_solve_finds_the_line_of_either_form():
 def _solve(*, world_size, tensor=1, pipe=1, zero1=-1, num_chunks=1, line_of=lambda key: None):
     parallel = ParallelConfig(Zero1Config(zero1), TensorConfig(tensor), PipelineConfig(pipe))
     return solve(parallel, world_size=world_size, num_chunks=num_chunks, line_of=line_of)
+
+
+@pytest.mark.parametrize(("zero1", "pipe", "expected"), [(-1, 1, 1), (8, 1, 8), (8, 2, 16), (0, 4, 4), (1, 1, 1)])
+def test_smallest_world_size(zero1: int, pipe: int, expected: int) -> None:
+    parallel = ParallelConfig(zero1=Zero1Config(zero1), pipeline=PipelineConfig(pipe))
+    assert smallest_world_size(parallel) == expected

@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 
 from internlm_ds import plan
-from internlm_ds.config.schema import ParallelConfig, PipelineConfig, Zero1Config
 from internlm_ds.plan.report import Plan, gigabytes
-from internlm_ds.plan.world import smallest_world_size
 from internlm_ds.runspec import RunSpec
 from internlm_ds.translate import translate
 from internlm_ds.translate.optimizer_kind import block_numel
@@ -170,9 +168,3 @@ def test_a_registered_model_has_no_memory_on_paper(spec_of: SpecOf) -> None:
 
 def test_gigabytes() -> None:
     assert gigabytes(80_000_000_000) == "80.00 GB"
-
-
-@pytest.mark.parametrize(("zero1", "pipe", "expected"), [(-1, 1, 1), (8, 1, 8), (8, 2, 16), (0, 4, 4), (1, 1, 1)])
-def test_smallest_world_size(zero1: int, pipe: int, expected: int) -> None:
-    parallel = ParallelConfig(zero1=Zero1Config(zero1), pipeline=PipelineConfig(pipe))
-    assert smallest_world_size(parallel) == expected
