@@ -23,7 +23,7 @@ from internlm_ds.layout.ranks import Layout
 from internlm_ds.layout.shards import local_numel
 from internlm_ds.layout.stages import stage_layers
 from internlm_ds.plan.component import BYTES, PHASES, Component, Phase
-from internlm_ds.plan.optimizer_memory import states
+from internlm_ds.plan.optimizer_memory import copy_of_saved, states
 from internlm_ds.schedule.lists import Pipeline
 
 # CUDA context, cuBLAS and NCCL work areas: not ours to compute, about this much on current cards
@@ -40,7 +40,12 @@ class StageMemory:
     layers: tuple[int, int]
     numel: int
     components: tuple[Component, ...]
-    host_bytes: int = 0
+    host: tuple[Component, ...] = ()
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes in host memory."""
+        return sum(c.nbytes for c in self.host)
 
     def phase_bytes(self, phase: Phase) -> int:
         """Bytes in a phase, with what always exists."""
@@ -79,12 +84,14 @@ def stages(
     ds_config: Mapping[str, Any],
     borders: Sequence[int] | None = None,
     own: OwnConfig,
+    saves_in_background: bool = False,
 ) -> tuple[StageMemory, ...]:
     """Memory of every pipeline stage.
 
     Args:
         borders: Where a user cuts the stages; evenly without.
         own: The kind of the pipeline's schedule, and what optimizer states are kept in.
+        saves_in_background: Of a copy on the host.
     """
     found = []
     kind = own.pipeline_schedule if layout.pipe > 1 else "1f1b"
@@ -94,9 +101,11 @@ def stages(
         layers = [layer for a, b in runs for layer in arch.layers[a:b]]
         # tensor rank 0 has the most: the slices that are longer, and the biases that are added once
         numel = sum(local_numel(param, size=layout.tensor) for layer in layers for param in layer.params)
-        kept, host_bytes = states(layers, numel, model, layout, ds_config=ds_config, own=own)
+        kept, host = states(layers, numel, model, layout, ds_config=ds_config, own=own)
+        if saves_in_background:
+            host.append(copy_of_saved(numel, model, layout, own))
         components = (*kept, *_activations(runs, arch, model, layout.tensor, schedule, stage, step))
-        found.append(StageMemory(stage, (start, stop), numel, components, host_bytes))
+        found.append(StageMemory(stage, (start, stop), numel, components, tuple(host)))
     return tuple(found)
 
 

@@ -30,8 +30,8 @@ def states(
     *,
     ds_config: Mapping[str, Any],
     own: OwnConfig,
-) -> tuple[list[Component], int]:
-    """What a rank of a stage holds whatever its batch is, and bytes in host memory.
+) -> tuple[list[Component], list[Component]]:
+    """What a rank of a stage holds whatever its batch is, and what it holds in host memory.
 
     Args:
         layers: Of the stage.
@@ -43,10 +43,11 @@ def states(
     components = [Component("weights", b * numel, "b·P"), Component("gradients", g * numel, "g·P")]
     if g != b:
         components.append(_unsummed_gradients(numel, largest, b, ds_config))
-    host, moments = 0, 2 * BYTES[own.moments_dtype]
+    moments = 2 * BYTES[own.moments_dtype]
+    host = []
     if offloads(ds_config):
-        # masters, moments, gradients
-        host = (4 + moments + 4) * share
+        inner = f"4 + {moments} + 4"
+        host.append(Component("masters, moments, gradients", (4 + moments + 4) * share, f"({inner})·P/z"))
     else:
         if own.masters_dtype == "float32":
             components.append(Component("fp32 master weights", 4 * share, "4·P/z"))
@@ -71,6 +72,13 @@ def states(
         formula = "(g + 4)·P/z" if g != 4 else "4·P/z"
         components.append(Component("own gradients in fp32", copies, formula, "step"))
     return components, host
+
+
+def copy_of_saved(numel: int, model: ModelConfig, layout: Layout, own: OwnConfig) -> Component:
+    """What saving in the background copies to host memory, on a rank that writes weights and optimizer states."""
+    b, kept = BYTES[model.dtype], BYTES[own.masters_dtype] + 2 * BYTES[own.moments_dtype]
+    nbytes = b * numel + kept * math.ceil(numel / layout.zero)
+    return Component("copy of what is saved", nbytes, f"b·P + {kept}·P/z")
 
 
 def _update_in_blocks(share: int, own: OwnConfig) -> list[Component]:

@@ -14,7 +14,7 @@ from internlm_ds.config.schema import Config
 from internlm_ds.layout.batch import BatchPlan
 from internlm_ds.layout.ranks import Layout
 from internlm_ds.plan import compute, memory
-from internlm_ds.plan.component import PHASES
+from internlm_ds.plan.component import PHASES, Component
 from internlm_ds.plan.memory import StageMemory
 from internlm_ds.runspec import RunSpec
 from internlm_ds.translate import Translation
@@ -119,6 +119,7 @@ def stage_memory(
         ds_config=ds_config,
         borders=own.pipeline_bounds if fits else None,
         own=own,
+        saves_in_background=config.ckpt.enable_save_ckpt and config.ckpt.async_upload,
     )
 
 
@@ -240,7 +241,7 @@ def _head(plan: Plan) -> Iterator[str]:
 def _stage(plan: Plan, stage: StageMemory) -> Iterator[str]:
     start, stop = stage.layers
     yield f"stage {stage.stage}: layers {start} to {stop - 1}, {stage.numel:,} parameters on a rank"
-    width = max(len(component.name) for component in stage.components)
+    width = max(len(component.name) for component in (*stage.components, *stage.host))
     for component in stage.components:
         when = PHASE_WORDS[component.phase]
         text = f"  {component.name.ljust(width)}  {gigabytes(component.nbytes):>10}  {component.formula}"
@@ -248,8 +249,9 @@ def _stage(plan: Plan, stage: StageMemory) -> Iterator[str]:
     for phase in PHASES:
         marker = " <- peak" if phase == stage.peak_phase else ""
         yield f"  {PHASE_WORDS[phase].ljust(width)}  {gigabytes(stage.phase_bytes(phase)):>10}{marker}"
-    if stage.host_bytes:
-        yield f"  {'in host memory'.ljust(width)}  {gigabytes(stage.host_bytes):>10}  (12 + 4)·P/z"
+    for component in stage.host:
+        text = f"  {component.name.ljust(width)}  {gigabytes(component.nbytes):>10}  {component.formula}"
+        yield f"{text}  [in host memory]"
     verdict = "fits" if stage.peak_bytes <= plan.limit_bytes else "does NOT fit"
     yield f"  {gigabytes(stage.peak_bytes)} of {gigabytes(plan.limit_bytes)}: {verdict}"
 
@@ -287,10 +289,18 @@ def _stage_json(stage: StageMemory) -> dict[str, Any]:
         "stage": stage.stage,
         "layers": list(stage.layers),
         "params_per_rank": stage.numel,
-        "components": [
-            {"name": c.name, "bytes": c.nbytes, "formula": c.formula, "phase": c.phase} for c in stage.components
-        ],
+        "components": [_component_json(component) for component in stage.components],
         "phases": {phase: stage.phase_bytes(phase) for phase in PHASES},
         "peak_bytes": stage.peak_bytes,
+        "host_components": [_component_json(component) for component in stage.host],
         "host_bytes": stage.host_bytes,
+    }
+
+
+def _component_json(component: Component) -> dict[str, Any]:
+    return {
+        "name": component.name,
+        "bytes": component.nbytes,
+        "formula": component.formula,
+        "phase": component.phase,
     }

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from internlm_ds.errors import DataFormatError
 from internlm_ds.preprocess.blanks import stripped_lines
 from internlm_ds.preprocess.documents import Document, read_documents, record_of_line, text_of
 from internlm_ds.preprocess.files import SourceFile, not_utf8, text_kind
@@ -134,9 +135,9 @@ def split(piece: Piece, *, text_key: str | None, keep_empty: bool = False) -> Sp
     """
     if isinstance(piece.data, tuple):
         return _of_texts(piece.data, keep_empty=keep_empty)
-    text = _decoded(piece.data, piece.path, piece.line)
     if piece.kind == "jsonl":
-        return _of_texts(_texts_of_lines(text, piece, text_key), keep_empty=False)
+        return _of_texts(_texts_of_records(piece.data, piece, text_key), keep_empty=False)
+    _decoded(piece.data, piece.path, piece.line)
     if piece.kind == "part":
         count = int(bool(piece.data))
         return Split(TextBlock(piece.data, np.zeros(count, np.int64), np.full(count, len(piece.data), np.int64)))
@@ -147,16 +148,29 @@ def _decoded(data: bytes, path: str, line: int) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        line += count_lines(data[: error.start])
-        raise not_utf8(data[error.start], path=path, line=line) from None
+        raise _wrong_byte(data, error.start, path, line) from None
 
 
-def _texts_of_lines(text: str, piece: Piece, text_key: str | None) -> Iterator[str]:
+def _wrong_byte(data: bytes, place: int, path: str, line: int) -> DataFormatError:
+    """`line` is that on which the data begins."""
+    return not_utf8(data[place], path=path, line=line + count_lines(data[:place]))
+
+
+def _texts_of_records(data: bytes, piece: Piece, text_key: str | None) -> Iterator[str]:
+    """The text of every record; of several lines that are wrong the first one is named."""
+    wrong = None
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        wrong = _wrong_byte(data, error.start, piece.path, piece.line)
+        text = data[: 1 + max(data.rfind(end, 0, error.start) for end in (b"\n", b"\r"))].decode("utf-8")
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     for line, record in enumerate(text.split("\n"), start=piece.line):
         if record and not record.isspace():
             yield text_of(record_of_line(record, piece.path, line), text_key, path=piece.path, line=line)
+    if wrong is not None:
+        raise wrong
 
 
 def _of_texts(texts: Iterable[str], *, keep_empty: bool) -> Split:

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from internlm_ds.errors import DataFormatError
@@ -105,6 +105,7 @@ records = st.one_of(
 )
 
 
+@example(values=[{}, {"text": "\ud800"}], block_bytes=40, ends="\n")
 @given(values=st.lists(records, max_size=6), block_bytes=block_sizes, ends=st.sampled_from(["\n", "\r\n", "\n \n"]))
 def test_records_give_the_slow_readers_texts(folder, values, block_bytes, ends):
     lines = ends.join(json.dumps(value, ensure_ascii=i % 2 == 0) for i, value in enumerate(values))
