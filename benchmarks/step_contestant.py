@@ -17,9 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from step_facts import Facts
-
-Step = Callable[[], float]
+from step_facts import Facts, Step
 
 
 def main() -> None:

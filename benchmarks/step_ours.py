@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from step_facts import Facts, Sizes, borders, rows_of_tokens
+from step_facts import Facts, Sizes, Step, borders, rows_of_tokens
 
 CONFIG = """
 ckpt = dict(enable_save_ckpt=False, auto_resume=False)
@@ -29,7 +28,7 @@ internlm_ds = dict({own})
 """
 
 
-def ours(facts: Facts, rank: int) -> Callable[[], float]:
+def ours(facts: Facts, rank: int) -> Step:
     """The engine, its loss and its metrics, as `internlm_ds.train.assemble` puts them together."""
     import torch
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from step_facts import Facts, Sizes, rows_of_tokens
-
-Step = Callable[[], float]
+from step_facts import ADAMW, Facts, Sizes, Step, rows_of_tokens
 
 
 def plain(facts: Facts, rank: int) -> Step:
@@ -19,9 +16,7 @@ def plain(facts: Facts, rank: int) -> Step:
     if facts.compile:
         for block in model.blocks:
             block.compile()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01, fused=True
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
     half = torch.autocast(facts.device, torch.bfloat16, enabled=facts.sizes.dtype == "bfloat16")
     data = rows_of_tokens(facts, rank)
 
@@ -122,7 +117,7 @@ def hugging_face(facts: Facts, rank: int) -> Step:
     data = rows_of_tokens(facts, rank)
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=lambda p: torch.optim.AdamW(p, lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01, fused=True),
+        optimizer=lambda p: torch.optim.AdamW(p, **ADAMW),
         model_parameters=list(model.parameters()),
         config={
             "train_micro_batch_size_per_gpu": sizes.rows,

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from step_facts import Facts, Sizes, places, rows_of_tokens
+from step_facts import ADAMW, Facts, Sizes, Step, places, rows_of_tokens
 from torch import nn
 from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
 from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
@@ -27,7 +27,7 @@ NORMAL: dict[str, Callable[..., Any]] = {"weight": partial(nn.init.normal_, std=
 SHARDING = "partial_dtensor"  # how tensors on one rank are described; no operator depends on it
 
 
-def torchtitan(facts: Facts, rank: int) -> Callable[[], float]:
+def torchtitan(facts: Facts, rank: int) -> Step:
     """A loop over its parts, as its trainer puts them together."""
     sizes, compiling = facts.sizes, CompileConfig(enable=facts.compile)
     set_spmd_backend(SHARDING)
@@ -51,9 +51,7 @@ def torchtitan(facts: Facts, rank: int) -> Callable[[], float]:
     ).build(compile_config=compiling)
     loss_of.set_lm_head(model.lm_head)
     model._skip_lm_head = True
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=1e-4, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.01, fused=True
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), **ADAMW)
     data = [(*rows, places(sizes, number)) for number, rows in enumerate(rows_of_tokens(facts, rank))]
     counted = torch.tensor(float(sizes.tokens), device=facts.device)
 
